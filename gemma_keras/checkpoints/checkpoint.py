@@ -1,0 +1,166 @@
+"""What every checkpoint format offers, and the checks that all of them share.
+
+A checkpoint is untrusted input. Opening one reads headers only, and checks all that
+headers can tell; tensors are read later, one at a time.
+"""
+
+import abc
+import json
+from pathlib import Path
+
+from gemma_keras.config import GemmaConfig
+
+# Far above any Gemma, and low enough that a hostile config costs nothing.
+MAX_LAYERS = 1024
+MAX_JSON_BYTES = 16 * 2**20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written; names the file and the tensor."""
+
+
+class Checkpoint(abc.ABC):
+    """The weights, config and tokenizer of one Gemma on disk.
+
+    Usable as a context manager. Attributes:
+        path: the file or directory that was opened.
+        format: a short name of the format, for people.
+        config: the `GemmaConfig` that the weights fit.
+        dtype: the float type of most weights: `"bfloat16"`, `"float16"` or
+            `"float32"`.
+    """
+
+    format: str
+    path: Path
+    config: GemmaConfig
+    dtype: str
+
+    @abc.abstractmethod
+    def tensor(self, path):
+        """Reads one weight.
+
+        Args:
+            path: A key of `config.weight_shapes()`.
+
+        Returns:
+            A NumPy array of the shape `config.weight_shapes()[path]` in the
+            checkpoint's own dtype; where the format allows it a view of the mapped
+            file, which may be strided and which nobody else sees written to.
+
+        Raises:
+            CheckpointError: the bytes cannot be read.
+        """
+
+    @abc.abstractmethod
+    def sources(self, path):
+        """File and tensor name behind a weight, for messages to people."""
+
+    def tokenizer(self):
+        """The `GemmaTokenizer` that lies beside the weights, or None."""
+        return None
+
+    def preprocessor_config(self):
+        """The stored settings of the preprocessor, or an empty dict."""
+        return {}
+
+    @abc.abstractmethod
+    def close(self):
+        """Lets go of the files. Arrays that were handed out stay valid."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def read_json(path):
+    """Parses a JSON object from a file of bounded size."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {size:,} bytes are too many for JSON.")
+        return parse_json(path.read_bytes(), path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+
+
+def parse_json(data, where):
+    """Parses bytes that must be one JSON object, without repeated keys."""
+    try:
+        value = json.loads(data, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: is not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{where}: must hold a JSON object, not a {type(value).__name__}."
+        )
+    return value
+
+
+def _unique_keys(pairs):
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is given twice")
+    return result
+
+
+def file_inside(directory, name, where):
+    """Path of a file that a checkpoint names, refusing names that lead elsewhere."""
+    plain = isinstance(name, str) and name not in ("", ".", "..")
+    if not plain or any(character in name for character in "/\\:\0"):
+        raise CheckpointError(
+            f"{where}: names the file {name!r}; only plain names of files in the "
+            "same directory are allowed."
+        )
+    path = Path(directory) / name
+    if not path.is_file():
+        raise CheckpointError(f"{where}: names the file {name!r}, which is missing.")
+    return path
+
+
+def build_config(where, **fields):
+    """A `GemmaConfig`, its errors told as the file's."""
+    layers = fields.get("num_layers")
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise CheckpointError(
+            f"{where}: {layers} layers are more than the {MAX_LAYERS} supported."
+        )
+    try:
+        return GemmaConfig(**fields)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def check_shape(where, found, expected):
+    """Raises `CheckpointError` if a stored shape is not what the config implies."""
+    if tuple(found) != tuple(expected):
+        raise CheckpointError(
+            f"{where}: has shape {list(found)}, but the config asks for "
+            f"{list(expected)}."
+        )
+
+
+def shortest_pattern(kinds):
+    """The shortest string which, tiled, begins with `kinds` (`"LGLG"` is `"LG"`)."""
+    for length in range(1, len(kinds) + 1):
+        repeats = -(-len(kinds) // length)
+        if (kinds[:length] * repeats).startswith(kinds):
+            return kinds[:length]
+    return kinds
+
+
+def dominant_dtype(sizes):
+    """The dtype that holds the most numbers, given `(dtype, count)` pairs."""
+    totals = {}
+    for dtype, count in sizes:
+        totals[dtype] = totals.get(dtype, 0) + count
+    return max(totals, key=totals.get)
+
+
+def some(names, limit=5):
+    """A short listing of names for a message."""
+    names = sorted(names)
+    text = ", ".join(str(name) for name in names[:limit])
+    return text if len(names) <= limit else f"{text} and {len(names) - limit} more"

@@ -1,0 +1,73 @@
+"""Tensors as views of a mapped file.
+
+Each tensor is mapped on its own and released with its array, so that what a process
+holds is what it still uses and not the whole file. The mapping is private and
+writable (copy on write): torch wraps such an array without a copy, and nothing
+written to it reaches the file.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from gemma_keras.checkpoints.checkpoint import CheckpointError
+
+FLOAT_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class MappedFile:
+    """A file open for reading, from which arrays are mapped."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            self._file = self.path.open("rb")  # noqa: SIM115 (closed by close)
+            self.size = os.fstat(self._file.fileno()).st_size
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: cannot be opened ({error})."
+            ) from error
+
+    def read(self, offset, count):
+        """`count` bytes from `offset`; fewer if the file ends before."""
+        try:
+            self._file.seek(offset)
+            return self._file.read(count)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error}).") from error
+
+    def array(self, offset, dtype, shape, name):
+        """Maps an array; the caller has checked that it lies inside the file.
+
+        Args:
+            offset: Where the array begins, in bytes.
+            dtype: A NumPy dtype.
+            shape: Its shape.
+            name: The tensor, for the error that a file cut short meanwhile gives.
+        """
+        if self._file.closed:
+            raise CheckpointError(f"{self.path}: was closed before {name} was read.")
+        count = math.prod(shape) * dtype.itemsize
+        try:
+            raw = np.memmap(
+                self._file, dtype=np.uint8, mode="c", offset=offset, shape=(count,)
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path}: {name} cannot be mapped ({error})."
+            ) from error
+        raw = np.asarray(raw)
+        if offset % dtype.itemsize:
+            raw = raw.copy()
+        return raw.view(dtype).reshape(shape)
+
+    def close(self):
+        """Closes the file; arrays keep their own mappings."""
+        self._file.close()
