@@ -1,0 +1,425 @@
+"""Gemma 1, 2 and 3 (text): the model, from token ids to hidden states.
+
+Axes, as in `keras.ops.dot_product_attention`: B batch, T query tokens, S key tokens,
+D width, F feed-forward width, N query heads, K key/value heads, G = N / K query heads
+that share one of them, H head size, V vocabulary.
+
+What differs from Llama:
+- token embeddings are multiplied by sqrt(D), rounded to the compute dtype;
+- RMSNorm multiplies by 1 + scale, in float32, and rounds last;
+- the gate is GELU (tanh form), not SiLU, and the head is the embedding, transposed;
+- Gemma 2: norms after each branch too, soft caps on scores and logits, every other
+  layer sees a sliding window, and the query scale is a number of the checkpoint;
+- Gemma 3: queries and keys are normalised in place of soft caps, five of six layers
+  see a sliding window, and those rotate with a base of their own.
+
+One `call` serves training, packed training, prefill, decoding and scoring. This file
+knows no tokenizer, file, sampler or optimiser.
+"""
+
+import dataclasses
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from gemma_keras import cache as kv_cache
+from gemma_keras.config import GemmaConfig
+from gemma_keras.lora import Projection, enable_lora, lora_config
+
+# Finite, so that a query with nothing to see yields numbers, not NaN.
+MASKED = -2.3819763e38
+
+
+class RMSNorm(keras.layers.Layer):
+    """x / rms(x) * (1 + scale) over the last axis, in float32 throughout."""
+
+    def __init__(self, epsilon, init, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.epsilon = epsilon
+        self.init = init
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(
+            name="scale",
+            shape=(input_shape[-1],),
+            initializer=self.init(f"{self.path}/scale"),
+        )
+
+    def call(self, x):
+        x = ops.cast(x, "float32")
+        variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
+        x = x * ops.rsqrt(variance + self.epsilon)
+        # 1 + scale before the downcast: Llama rounds first.
+        return ops.cast(x * (1.0 + ops.cast(self.scale, "float32")), self.compute_dtype)
+
+
+def rotary_table(positions, head_dim, theta, scaling_factor=1.0):
+    """Cosines and sines [B, T, 1, H/2] of the angles at integer `positions` [B, T].
+
+    Always float32: bfloat16 cannot tell position 257 from 256.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype="float64") / head_dim
+    frequencies = (1.0 / (theta**exponents * scaling_factor)).astype("float32")
+    angles = ops.cast(positions, "float32")[..., None, None] * frequencies
+    return ops.cos(angles), ops.sin(angles)
+
+
+def rotate(x, table):
+    """Rotate the half-split pairs (j, j + H/2) of `x` [B, T, heads, H]."""
+    cos, sin = table
+    first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return ops.cast(ops.concatenate(rotated, axis=-1), x.dtype)
+
+
+def visible(query_positions, key_positions, window=None):
+    """Mask [B, T, S]: may the query at one position see the key at another?
+
+    Args:
+        query_positions: integers [B, T].
+        key_positions: integers [B, S]; negative means that there is no key.
+        window: a query sees itself and the `window - 1` positions before it.
+    """
+    query, key = query_positions[:, :, None], key_positions[:, None, :]
+    mask = ops.logical_and(key >= 0, key <= query)
+    if window is not None:
+        mask = ops.logical_and(mask, query - key < window)
+    return mask
+
+
+def soft_cap(x, cap):
+    """cap * tanh(x / cap): Gemma 2's bound on scores and logits."""
+    return x if cap is None else cap * ops.tanh(x / cap)
+
+
+def attend(query, key, value, mask, config):
+    """Softmax attention with K key heads, each shared by G query heads.
+
+    Args:
+        query: [B, T, N, H], rotated.
+        key, value: [B, K, S, H], keys rotated.
+        mask: bool, broadcastable to [B, T, S].
+
+    Returns:
+        [B, T, N * H], in the dtype of `value`.
+    """
+    length, heads, size = query.shape[1:]
+    groups = heads // config.num_kv_heads
+    if keras.backend.standardize_dtype(query.dtype) == "float16":
+        # A product of unnormalised queries and keys can pass 65504.
+        query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
+    query = query * config.query_pre_attn_scalar**-0.5
+    # Fold the G queries of a key head into rows: one matrix product a key head.
+    query = ops.reshape(query, (-1, length, config.num_kv_heads, groups, size))
+    query = ops.transpose(query, (0, 2, 3, 1, 4))
+    query = ops.reshape(query, (-1, config.num_kv_heads, groups * length, size))
+    scores = ops.matmul(query, ops.swapaxes(key, 2, 3))
+    scores = soft_cap(ops.cast(scores, "float32"), config.attn_logit_soft_cap)
+    scores = ops.reshape(
+        scores, (-1, config.num_kv_heads, groups, length, key.shape[2])
+    )
+    scores = ops.where(mask[:, None, None], scores, MASKED)
+    weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
+    weights = ops.reshape(
+        weights, (-1, config.num_kv_heads, groups * length, key.shape[2])
+    )
+    mixed = ops.matmul(weights, value)
+    mixed = ops.reshape(mixed, (-1, config.num_kv_heads, groups, length, size))
+    mixed = ops.transpose(mixed, (0, 3, 1, 2, 4))
+    return ops.reshape(mixed, (-1, length, heads * size))
+
+
+class Attention(keras.layers.Layer):
+    """Multi-query or grouped-query attention with rotary positions."""
+
+    def __init__(self, config, init, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.config = config
+        query_dim = config.num_query_heads * config.head_dim
+        kv_dim = config.num_kv_heads * config.head_dim
+        shared = {"init": init, "dtype": self.dtype_policy}
+        self.query = Projection(query_dim, name="query", **shared)
+        self.key = Projection(kv_dim, name="key", **shared)
+        self.value = Projection(kv_dim, name="value", **shared)
+        self.attention_output = Projection(
+            config.hidden_dim, name="attention_output", **shared
+        )
+        if config.use_qk_norm:
+            shared["epsilon"] = config.norm_epsilon
+            self.query_norm = RMSNorm(name="query_norm", **shared)
+            self.key_norm = RMSNorm(name="key_norm", **shared)
+
+    def build(self, input_shape):
+        config = self.config
+        for layer in (self.query, self.key, self.value):
+            layer.build(input_shape)
+        if config.use_qk_norm:
+            self.query_norm.build((config.head_dim,))
+            self.key_norm.build((config.head_dim,))
+        self.attention_output.build((config.num_query_heads * config.head_dim,))
+
+    def call(self, x, table, mask, cache=None):
+        config = self.config
+        heads = (-1, x.shape[1], config.num_query_heads, config.head_dim)
+        kv_heads = (-1, x.shape[1], config.num_kv_heads, config.head_dim)
+        query = ops.reshape(self.query(x), heads)
+        key = ops.reshape(self.key(x), kv_heads)
+        value = ops.reshape(self.value(x), kv_heads)
+        if config.use_qk_norm:
+            query, key = self.query_norm.call(query), self.key_norm.call(key)
+        query, key = rotate(query, table), rotate(key, table)
+        key, value = ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value)
+        return self.attention_output(attend(query, key, value, mask, config))
+
+
+class DecoderBlock(keras.layers.Layer):
+    """Attention and gated feed-forward, each added to the residual stream."""
+
+    def __init__(self, config, init, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.config = config
+        shared = {"init": init, "dtype": self.dtype_policy}
+        norm = {"epsilon": config.norm_epsilon, **shared}
+        self.pre_attention_norm = RMSNorm(name="pre_attention_norm", **norm)
+        self.attention = Attention(config, name="attention", **shared)
+        self.pre_ffw_norm = RMSNorm(name="pre_ffw_norm", **norm)
+        self.ffw_gating = Projection(config.ffn_dim, name="ffw_gating", **shared)
+        self.ffw_gating_2 = Projection(config.ffn_dim, name="ffw_gating_2", **shared)
+        self.ffw_linear = Projection(config.hidden_dim, name="ffw_linear", **shared)
+        if config.use_post_norms:
+            self.post_attention_norm = RMSNorm(name="post_attention_norm", **norm)
+            self.post_ffw_norm = RMSNorm(name="post_ffw_norm", **norm)
+
+    def build(self, input_shape):
+        self.pre_attention_norm.build(input_shape)
+        self.attention.build(input_shape)
+        self.pre_ffw_norm.build(input_shape)
+        self.ffw_gating.build(input_shape)
+        self.ffw_gating_2.build(input_shape)
+        self.ffw_linear.build((self.config.ffn_dim,))
+        if self.config.use_post_norms:
+            self.post_attention_norm.build(input_shape)
+            self.post_ffw_norm.build(input_shape)
+
+    def call(self, x, table, mask, cache=None):
+        """`x` [B, T, D] after this block; `cache` is this layer's `LayerCache`."""
+        # Layers of this file are entered through `call`: they cast by themselves, and
+        # what Keras does around it costs torch more than the arithmetic.
+        mixed = self.attention.call(
+            self.pre_attention_norm.call(x), table, mask, cache=cache
+        )
+        if self.config.use_post_norms:
+            mixed = self.post_attention_norm.call(mixed)
+        x = x + ops.cast(mixed, x.dtype)
+        fed = self.feed_forward(self.pre_ffw_norm.call(x), x.dtype)
+        if self.config.use_post_norms:
+            fed = self.post_ffw_norm.call(fed)
+        return x + ops.cast(fed, x.dtype)
+
+    def feed_forward(self, x, residual_dtype):
+        """Down-project GELU(gate) * up."""
+        gate, up = self.ffw_gating(x), self.ffw_gating_2(x)
+        if self.compute_dtype != "float16":
+            return self.ffw_linear(ops.gelu(gate, approximate=True) * up)
+        # The product, and the sum over F, pass 65504 on real Gemmas. Scale each token
+        # down to fit and back up in the residual's float32: rounding is unchanged.
+        gate, up = ops.cast(gate, "float32"), ops.cast(up, "float32")
+        product = ops.gelu(gate, approximate=True) * up
+        peak = ops.max(ops.abs(product), axis=-1, keepdims=True)
+        factor = ops.maximum(peak, 1.0)
+        fed = self.ffw_linear(ops.cast(product / factor, "float16"))
+        return ops.cast(fed, residual_dtype) * factor
+
+
+def random_init(path):
+    """The initializer of a weight that is trained from scratch."""
+    if path.endswith("/scale"):
+        return "zeros"
+    if path.endswith("/embeddings"):
+        return keras.initializers.RandomNormal(stddev=0.02)
+    return "glorot_uniform"
+
+
+@keras.saving.register_keras_serializable(package="gemma_keras")
+class GemmaBackbone(keras.Model):
+    """Token ids in, hidden states [B, T, D] out.
+
+    Args:
+        config: a `GemmaConfig`.
+        dtype: a Keras dtype or policy, such as `"bfloat16"` or `"mixed_float16"`.
+            Under float16 the residual stream stays in float32, where Gemma's
+            activations fit.
+        init: function from the path of a weight to its initializer; random by
+            default. A checkpoint is loaded by answering with its tensors, so that
+            no weight is filled twice.
+    """
+
+    def __init__(self, config, dtype=None, init=None, **kwargs):
+        super().__init__(dtype=dtype, autocast=False, **kwargs)
+        if not isinstance(config, GemmaConfig):
+            raise TypeError(f"config must be a GemmaConfig, got {config!r}.")
+        self.config = config
+        shared = {"init": init or random_init, "dtype": self.dtype_policy}
+        self.token_embedding = keras.layers.ReversibleEmbedding(
+            config.vocab_size,
+            config.hidden_dim,
+            embeddings_initializer=shared["init"]("token_embedding/embeddings"),
+            dtype=self.dtype_policy,
+            name="token_embedding",
+        )
+        self.token_embedding.build()
+        self.blocks = [
+            DecoderBlock(config, name=f"decoder_block_{i}", **shared)
+            for i in range(config.num_layers)
+        ]
+        for block in self.blocks:
+            block.build((None, None, config.hidden_dim))
+        self.final_normalization = RMSNorm(
+            config.norm_epsilon, name="final_normalization", **shared
+        )
+        self.final_normalization.build((None, None, config.hidden_dim))
+        self.built = True
+
+    def __call__(self, inputs, cache=None, **kwargs):
+        # Keras takes no argument that mixes tensors with integers, as a cache does.
+        if cache is None:
+            return super().__call__(inputs, **kwargs)
+        return self.call(inputs, cache=cache, **kwargs)
+
+    def call(self, inputs, cache=None, layer_intercept_fn=None):
+        """Run every layer.
+
+        Args:
+            inputs: a dict of
+                `token_ids`: integers [B, T]; or `embeddings`: floats [B, T, D], rows
+                    of the embedding table, not yet scaled;
+                `padding_mask`: optional [B, T], true where there is a token;
+                `positions`: optional integers [B, T], counted from the padding mask
+                    or the segments if absent;
+                `segment_ids`: optional integers [B, T]: tokens see only their own
+                    segment, so several examples can share a row.
+            cache: optional `Cache` of the tokens before these.
+            layer_intercept_fn: optional `fn(x, i)` that may replace the embeddings
+                (i = -1) and the output of each block (i = 0, 1, ...).
+
+        Returns:
+            Hidden states [B, T, D] in the compute dtype, and the new cache with them
+            if one was given.
+        """
+        x = self.embed(inputs, layer_intercept_fn)
+        positions, masks, step = self._positions_and_masks(inputs, x.shape[1], cache)
+        tables = self._rotary_tables(positions)
+        for i, (block, kind) in enumerate(
+            zip(self.blocks, self.config.layer_kinds, strict=True)
+        ):
+            if step is None:
+                x = block(x, tables[kind], masks[kind])
+            else:
+                x = block.call(x, tables[kind], masks[kind], cache=step.layers[i])
+            if layer_intercept_fn is not None:
+                x = layer_intercept_fn(x, i)
+        x = self.final_normalization.call(x)
+        return x if step is None else (x, step.finish())
+
+    def embed(self, inputs, layer_intercept_fn=None):
+        """Scaled embeddings [B, T, D], in the dtype of the residual stream."""
+        x = inputs.get("embeddings")
+        if x is None:
+            x = self.token_embedding(inputs["token_ids"])
+        if layer_intercept_fn is not None:
+            x = layer_intercept_fn(x, -1)
+        x = ops.cast(x, self.compute_dtype)
+        # sqrt(D) is rounded to the compute dtype first: bfloat16(sqrt(3072)) = 55.5.
+        x = x * ops.cast(math.sqrt(self.config.hidden_dim), self.compute_dtype)
+        return ops.cast(x, "float32") if self.compute_dtype == "float16" else x
+
+    def logits(self, hidden):
+        """Logits [..., V], soft cap included, of hidden states [..., D]."""
+        logits = self.token_embedding(hidden, reverse=True)
+        cap = self.config.final_logit_soft_cap
+        return logits if cap is None else soft_cap(ops.cast(logits, "float32"), cap)
+
+    def _rotary_tables(self, positions):
+        config = self.config
+        bases = {"G": (config.rope_theta, config.rope_scaling_factor)}
+        bases["L"] = (config.local_rope_theta, 1.0)
+        if config.local_rope_theta is None:
+            bases["L"] = bases["G"]
+        return {
+            kind: rotary_table(positions, config.head_dim, *bases[kind])
+            for kind in sorted(set(config.layer_kinds))
+        }
+
+    def _positions_and_masks(self, inputs, length, cache):
+        """Positions [B, T], a mask for each layer kind, and the cache's next step."""
+        padding, segments = inputs.get("padding_mask"), inputs.get("segment_ids")
+        if cache is not None and segments is not None:
+            raise ValueError("segment_ids pack training rows; a cache holds one each.")
+        positions = inputs.get("positions")
+        if positions is None:
+            positions = default_positions(length, padding, segments)
+            if cache is not None:
+                positions = positions + cache.next_positions()
+        positions = ops.cast(positions, "int32")
+        keys = positions
+        if padding is not None:
+            padding = ops.cast(padding, "bool")
+            keys = ops.where(padding, positions, kv_cache.EMPTY)
+        kinds = sorted(set(self.config.layer_kinds))
+        windows = {"G": None, "L": self.config.sliding_window}
+        if cache is not None:
+            step = kv_cache.Step(cache, self.config.layer_kinds, keys, padding)
+            masks = {k: visible(positions, step.seen[k], windows[k]) for k in kinds}
+            return positions, masks, step
+        masks = {k: visible(positions, keys, windows[k]) for k in kinds}
+        if segments is not None:
+            same = segments[:, :, None] == segments[:, None, :]
+            masks = {k: ops.logical_and(mask, same) for k, mask in masks.items()}
+        return positions, masks, None
+
+    def enable_lora(self, rank, target_layer_names=None, alpha=None):
+        """Freeze the model and train low-rank updates of some projections.
+
+        Args:
+            rank: columns of the first factor.
+            target_layer_names: names of projections, `("query", "value")` by default;
+                also `key`, `attention_output`, `ffw_gating`, `ffw_gating_2`,
+                `ffw_linear`.
+            alpha: the update is multiplied by `alpha / rank`; `rank` by default.
+        """
+        enable_lora(self, rank, target_layer_names, alpha)
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "config": dataclasses.asdict(self.config),
+            "lora": lora_config(self),
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        lora = config.pop("lora", None)
+        config["config"] = GemmaConfig(**config["config"])
+        backbone = cls(**config)
+        if lora:
+            backbone.enable_lora(**lora)
+        return backbone
+
+
+def default_positions(length, padding_mask=None, segment_ids=None):
+    """Positions [B, T] counted from 0 in each row, or in each segment of a row."""
+    if segment_ids is not None:
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        earlier = np.tri(length, k=-1, dtype="int32")
+        return ops.sum(ops.cast(same, "int32") * earlier, axis=-1)
+    if padding_mask is not None:
+        counted = ops.cumsum(ops.cast(padding_mask, "int32"), axis=1)
+        return ops.maximum(counted - 1, 0)
+    return ops.arange(length, dtype="int32")[None]

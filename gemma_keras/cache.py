@@ -1,0 +1,159 @@
+"""Keys and values of the tokens seen so far, so that decoding reads each token once.
+
+Axes: B batch, S slots, K key/value heads, H head size, T tokens of this call.
+
+Slots fill in order, alike in every row, so a ragged batch is padded on the left. Next
+to each slot stands the position of its token in its row, or EMPTY, and the mask is
+made of positions alone. A sliding-window layer keeps a ring of at most its window: the
+token that falls out of the window gives its slot to the newest.
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from gemma_keras import backend
+
+EMPTY = -1
+
+
+class Cache(NamedTuple):
+    """A pytree. `length` counts the slots used; it is the integer 0 while empty."""
+
+    keys: tuple  # one [B, K, S, H] a layer
+    values: tuple  # one [B, K, S, H] a layer
+    positions: dict  # layer kind -> [B, S] int32
+    length: Any
+
+    def next_positions(self):
+        """The position [B, 1] that follows the last token of each row."""
+        newest = ops.max(next(iter(self.positions.values())), axis=1, keepdims=True)
+        return newest + 1
+
+
+def make_cache(config, batch_size, capacity, dtype):
+    """An empty `Cache` for `capacity` tokens a row, pads included."""
+    shape = (batch_size, config.num_kv_heads, -1, config.head_dim)
+    slots = {"G": capacity, "L": min(capacity, config.sliding_window or capacity)}
+    kinds = config.layer_kinds
+
+    def buffers():
+        return tuple(
+            ops.zeros((*shape[:2], slots[kind], shape[3]), dtype=dtype)
+            for kind in kinds
+        )
+
+    positions = {
+        kind: ops.full((batch_size, slots[kind]), EMPTY, dtype="int32")
+        for kind in sorted(set(kinds))
+    }
+    return Cache(buffers(), buffers(), positions, 0)
+
+
+def grow_cache(cache, config, capacity):
+    """The same tokens with room for `capacity`.
+
+    A ring smaller than its window has never wrapped, so it grows at its end too.
+    """
+    slots = {"G": capacity, "L": min(capacity, config.sliding_window or capacity)}
+
+    def grow(array, axis, kind, value):
+        missing = slots[kind] - array.shape[axis]
+        widths = [(0, missing if i == axis else 0) for i in range(len(array.shape))]
+        return ops.pad(array, widths, constant_values=value) if missing > 0 else array
+
+    kinds = config.layer_kinds
+    return Cache(
+        tuple(grow(k, 2, kind, 0) for k, kind in zip(cache.keys, kinds, strict=True)),
+        tuple(grow(v, 2, kind, 0) for v, kind in zip(cache.values, kinds, strict=True)),
+        {kind: grow(p, 1, kind, EMPTY) for kind, p in cache.positions.items()},
+        cache.length,
+    )
+
+
+class LayerCache:
+    """One layer's part of a cache while one call goes through it."""
+
+    def __init__(self, keys, values, length, count):
+        self.keys, self.values = keys, values
+        self.length, self.count = length, count
+
+    def update(self, key, value):
+        """Store `key` and `value` [B, K, T, H]; return what the T queries may see."""
+        self.keys, seen_keys = write(self.keys, key, self.length, self.count, axis=2)
+        self.values, seen_values = write(
+            self.values, value, self.length, self.count, axis=2
+        )
+        return seen_keys, seen_values
+
+
+class Step:
+    """One call's reading and writing of a `Cache`.
+
+    Args:
+        cache: the `Cache` before the call.
+        layer_kinds: one letter a layer, as `GemmaConfig.layer_kinds`.
+        positions: int32 [B, T] of the new tokens, EMPTY where there is padding.
+        padding_mask: bool [B, T] or None. The first call of a cache may be padded on
+            the left, a later one on the right and alike in every row.
+
+    `layers` holds a `LayerCache` a layer, `seen` the positions [B, S] that go with the
+    keys they return, for each layer kind.
+    """
+
+    def __init__(self, cache, layer_kinds, positions, padding_mask):
+        length, count = cache.length, positions.shape[1]
+        fresh = isinstance(length, int) and length == 0
+        if padding_mask is not None and count > 1 and not fresh:
+            count = ops.max(ops.sum(ops.cast(padding_mask, "int32"), axis=1))
+        self.length = length + count
+        self.positions, self.seen = {}, {}
+        for kind in sorted(set(layer_kinds)):
+            self.positions[kind], self.seen[kind] = write(
+                cache.positions[kind], positions, length, count, axis=1
+            )
+        self.layers = [
+            LayerCache(keys, values, length, count)
+            for keys, values in zip(cache.keys, cache.values, strict=True)
+        ]
+
+    def finish(self):
+        """The cache after the call."""
+        keys = tuple(layer.keys for layer in self.layers)
+        values = tuple(layer.values for layer in self.layers)
+        return Cache(keys, values, self.positions, self.length)
+
+
+def write(buffer, new, length, count, axis):
+    """Put `new` into the slots that follow `length`, along `axis`.
+
+    Returns `(buffer, seen)`: the buffer for the next call, and the array that the
+    tokens of this call may attend to.
+
+    One token is written in place, and sees the buffer. The first tokens of a cache see
+    themselves. Later runs of tokens see the old slots and themselves; of these only
+    the first `count` stay, the rest is padding to be overwritten.
+    """
+    tokens, slots = new.shape[axis], buffer.shape[axis]
+    if tokens == 1:
+        buffer = backend.write_slots(buffer, new, length % slots, axis)
+        return buffer, buffer
+    if isinstance(length, int) and length == 0:
+        return _write_first(buffer, new, axis), new
+    seen = ops.concatenate([buffer, new], axis=axis)
+    # The last token that lands in slot s is the largest index i with
+    # (length + i) % slots == s; a negative i means that the slot keeps what it has.
+    last = count - 1
+    slot = ops.arange(slots, dtype="int32")
+    index = last - (length + last - slot) % slots
+    index = ops.where(index >= 0, slots + index, slot)
+    return ops.take(seen, index, axis=axis), seen
+
+
+def _write_first(buffer, new, axis):
+    tokens, slots = new.shape[axis], buffer.shape[axis]
+    if tokens <= slots:
+        return backend.write_slots(buffer, new, 0, axis)
+    kept = [slice(None)] * len(new.shape)
+    kept[axis] = slice(tokens - slots, tokens)
+    return ops.roll(new[tuple(kept)], tokens % slots, axis=axis)

@@ -1,0 +1,145 @@
+"""Projections that can carry a low-rank update: y = x W + (alpha / rank) (x A) B.
+
+The update is a path of its own, never a merged kernel, so that no gradient of the size
+of W is ever formed (Hu et al. 2021, arXiv:2106.09685). Factors are 2-D, as in PEFT.
+"""
+
+import keras
+from keras import ops
+
+DEFAULT_TARGETS = ("query", "value")
+
+
+class Projection(keras.layers.Dense):
+    """A dense layer without bias, kernel [in, out], and its optional update.
+
+    Args:
+        units: size of the output.
+        init: function from the path of a weight to its initializer.
+    """
+
+    def __init__(self, units, init, **kwargs):
+        super().__init__(units, use_bias=False, **kwargs)
+        self.init = init
+        self.lora_a = self.lora_b = None
+
+    def build(self, input_shape):
+        self.kernel_initializer = keras.initializers.get(
+            self.init(f"{self.path}/kernel")
+        )
+        super().build(input_shape)
+
+    def enable_lora(self, rank, alpha=None):
+        """Add the factors A [in, rank] and B [rank, out] and freeze the kernel.
+
+        They are float32 whatever the kernel is: small steps vanish in bfloat16.
+        """
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+            raise ValueError(f"rank must be a positive integer, got {rank!r}.")
+        if alpha is not None and not alpha > 0:
+            raise ValueError(f"alpha must be a positive number, got {alpha!r}.")
+        if self.lora_a is not None:
+            raise ValueError(
+                f"{self.path} already has a low-rank update of rank {self.lora_rank}. "
+                "It can be added once."
+            )
+        self.lora_rank, self.lora_alpha = rank, alpha or rank
+        self._tracker.unlock()
+        self.lora_a = self.add_weight(
+            name="lora_a",
+            shape=(self.kernel.shape[0], rank),
+            initializer="he_uniform",
+            dtype="float32",
+        )
+        self.lora_b = self.add_weight(
+            name="lora_b", shape=(rank, self.units), initializer="zeros", dtype="float32"
+        )
+        self._tracker.lock()
+
+    def call(self, inputs, training=None):
+        return self._add_update(super().call(inputs, training=training), inputs)
+
+    def quantized_call(self, *args, **kwargs):
+        return self._add_update(super().quantized_call(*args, **kwargs), args[0])
+
+    def _add_update(self, outputs, inputs):
+        if self.lora_a is None:
+            return outputs
+        a = ops.cast(self.lora_a, inputs.dtype)
+        b = ops.cast(self.lora_b, inputs.dtype)
+        update = ops.matmul(ops.matmul(inputs, a), b)
+        return outputs + update * (self.lora_alpha / self.lora_rank)
+
+    def merged_kernel(self):
+        """The kernel [in, out] with the update added, in the dtype of the kernel."""
+        if self.lora_a is None:
+            return self.kernel
+        scale = self.lora_alpha / self.lora_rank
+        update = ops.matmul(self.lora_a, self.lora_b) * scale
+        merged = ops.cast(self.kernel, "float32") + update
+        return ops.cast(merged, self.kernel.dtype)
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        if self.lora_a is not None:
+            store["lora_a"], store["lora_b"] = self.lora_a, self.lora_b
+
+    def load_own_variables(self, store):
+        factors = [name for name in ("lora_a", "lora_b") if name in store.keys()]
+        if factors and self.lora_a is None:
+            raise ValueError(
+                f"The file holds a low-rank update for {self.path}, and the model has "
+                "none. Call enable_lora(rank) first."
+            )
+        if self.lora_a is not None and not factors:
+            # A file from before enable_lora: W + 0 is what it means.
+            self.lora_b.assign(ops.zeros_like(self.lora_b))
+        for name in factors:
+            getattr(self, name).assign(store[name])
+        super().load_own_variables(
+            {name: store[name] for name in store.keys() if name not in factors}
+        )
+
+
+def projections(backbone):
+    """Every `Projection` of the backbone, from the first layer to the last."""
+    return [
+        layer
+        for layer in backbone._flatten_layers(include_self=False)
+        if isinstance(layer, Projection)
+    ]
+
+
+def enable_lora(backbone, rank, target_layer_names=None, alpha=None):
+    """Freeze `backbone` and give the projections of these names a low-rank update."""
+    targets = tuple(target_layer_names or DEFAULT_TARGETS)
+    known = sorted({layer.name for layer in projections(backbone)})
+    unknown = sorted(set(targets) - set(known))
+    if unknown:
+        raise ValueError(
+            f"No projection is called {', '.join(unknown)}. "
+            f"target_layer_names may hold: {', '.join(known)}."
+        )
+    chosen = [layer for layer in projections(backbone) if layer.name in targets]
+    if any(layer.lora_a is not None for layer in chosen):
+        raise ValueError("This backbone already has LoRA enabled on these layers.")
+    # Freeze leaf by leaf: a frozen parent would freeze the factors too.
+    for layer in backbone._flatten_layers(include_self=False):
+        if not layer._layers:
+            layer.trainable = False
+    for layer in chosen:
+        layer.trainable = True
+        layer.enable_lora(rank, alpha)
+        layer._kernel.trainable = False
+
+
+def lora_config(backbone):
+    """Arguments of `enable_lora` that give `backbone` its updates; None without."""
+    adapted = [layer for layer in projections(backbone) if layer.lora_a is not None]
+    if not adapted:
+        return None
+    return {
+        "rank": adapted[0].lora_rank,
+        "alpha": adapted[0].lora_alpha,
+        "target_layer_names": sorted({layer.name for layer in adapted}),
+    }
