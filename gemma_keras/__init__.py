@@ -1,0 +1,27 @@
+"""Gemma on Keras 3: one definition of the model on JAX, PyTorch and TensorFlow.
+
+Names are imported when they are first used, so that the command line can choose the
+backend, and answer `--help`, before Keras is imported.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "GemmaBackbone": "backbone",
+    "GemmaConfig": "config",
+}
+
+__all__ = [*_MODULES, "__version__"]
+
+
+def __getattr__(name):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    return getattr(module, name)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
