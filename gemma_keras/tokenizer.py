@@ -58,8 +58,13 @@ class GemmaTokenizer:
         self.bos_token_id: int = self._processor.bos_id()
         self.eos_token_id: int = self._processor.eos_id()
         self.unk_token_id: int = self._processor.unk_id()
-        names = "pad_token_id bos_token_id eos_token_id unk_token_id".split()
-        missing = [f"<{name[:3]}>" for name in names if getattr(self, name) < 0]
+        found = {
+            "<pad>": self.pad_token_id,
+            "<bos>": self.bos_token_id,
+            "<eos>": self.eos_token_id,
+            "<unk>": self.unk_token_id,
+        }
+        missing = [piece for piece, index in found.items() if index < 0]
         if missing:
             raise ValueError(
                 f"{where} holds a SentencePiece model without {', '.join(missing)}: it "
@@ -78,8 +83,8 @@ class GemmaTokenizer:
         data = pathlib.Path(path).read_bytes()
         if data.startswith(b"GGUF"):
             raise ValueError(
-                f"{path} is a GGUF file: load it with GemmaCausalLM.from_preset, or its "
-                "vocabulary with GemmaTokenizer.from_preset."
+                f"{path} is a GGUF file, which holds a model: load it, or its "
+                "vocabulary alone, with from_preset."
             )
         if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
             return cls.from_tokenizer_json(path)
@@ -382,8 +387,8 @@ def _bad_proto(proto: bytes, where: str) -> str:
             f"{where} is a Git LFS pointer, not the file: fetch it with `git lfs pull`."
         )
     return (
-        f"{where} (of {len(proto)} bytes) is not a SentencePiece model, or it is damaged "
-        "or was cut short."
+        f"{where} ({len(proto)} bytes) is not a SentencePiece model, or it is damaged or "
+        "was cut short."
     )
 
 
@@ -403,7 +408,7 @@ def _checked_text(text: str | bytes) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"The text holds half of a surrogate pair at position {error.start} "
-            f"(U+{ord(text[error.start]):04X}), which is no character. Read it with the "
-            'right encoding, or drop it: text.encode("utf-8", "ignore").decode().'
+            f"(U+{ord(text[error.start]):04X}), which is no character. Read it with "
+            'the right encoding, or drop it: text.encode("utf-8", "ignore").decode().'
         ) from None
     return str(text)

@@ -1,4 +1,4 @@
-"""SentencePiece model files as bytes: written from a list of pieces, and read.
+r"""SentencePiece model files as bytes: written from a list of pieces, and read.
 
 A vocabulary reaches us as SentencePiece's own file, as Hugging Face's `tokenizer.json`
 or as the arrays of a GGUF file. All end as one thing, a serialized `ModelProto`, which
@@ -9,7 +9,7 @@ The other two forms lose something that SentencePiece knows. `build_proto` resto
 
 - GGUF writers list many user-defined pieces as control, give them the score -1000, and
   show their spaces as " " instead of U+2581; old ones list them as normal.
-- Hugging Face's early files name the byte piece <0x09> as "\\t", and declare only a few
+- Hugging Face's early files name the byte piece <0x09> as "\t", and declare only a few
   of the user-defined pieces.
 """
 
@@ -70,7 +70,7 @@ def build_proto(
 
 
 def proto_from_tokenizer_json(document: dict) -> bytes:
-    """Writes the vocabulary of a Hugging Face `tokenizer.json` as a SentencePiece model.
+    """Writes the vocabulary of a Hugging Face `tokenizer.json` as `build_proto` does.
 
     Args:
         document: the parsed file. Its model must be what the converter makes of a
@@ -116,7 +116,7 @@ def user_defined_pieces(proto: bytes) -> dict[str, tuple[int, int]]:
     """Finds the user-defined pieces of a serialized model.
 
     Returns:
-        For each piece its id, and the offset of the byte of `proto` that holds its type.
+        For each piece its id, and where in `proto` the byte lies that holds its type.
 
     Raises:
         ValueError: the bytes are not a serialized SentencePiece model.
@@ -194,7 +194,7 @@ def _repair_types(
 
 
 def _name_tab_byte(texts: list[str], kinds: list[int]) -> None:
-    """Gives "\\t" its name <0x09> back where it stands in for the missing byte piece."""
+    """Calls the tab <0x09> again where it stands in for that byte's missing piece."""
     if BYTE in kinds and "<0x09>" not in texts and "\t" in texts:
         index = texts.index("\t")
         texts[index], kinds[index] = "<0x09>", BYTE
@@ -267,8 +267,8 @@ def _merge_ranks(merges: Sequence[str | Sequence[str]]) -> dict[str, int]:
             continue
         if piece in ranks:
             raise ValueError(
-                f"its merges make {piece!r} at different ranks, so that it was not made "
-                "from a SentencePiece model and cannot be run as one."
+                f"its merges make {piece!r} at different ranks: it was not made from a "
+                "SentencePiece model and cannot be run as one."
             )
         ranks[piece] = len(ranks)
         last = piece
