@@ -11,15 +11,18 @@ from gemma_keras.checkpoints.checkpoint import Checkpoint, CheckpointError
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
 
-_FORMATS = ("hugging_face",)
+_FORMATS = ("gguf", "hugging_face")
 
 
-def open_checkpoint(path, *, config=None):
+def open_checkpoint(path, *, config=None, dtype=None):
     """Opens a checkpoint and checks all that its headers can tell.
 
     Args:
-        path: A directory (Hugging Face, or a KerasHub preset) or a weights file.
+        path: A directory (Hugging Face, or a KerasHub preset) or a weights file
+            (.gguf, .safetensors, .weights.h5).
         config: A `GemmaConfig`, for weights that come without one.
+        dtype: The float dtype to decode quantised (GGUF) tensors to, `"float32"` if
+            None. Tensors stored as floats come back as they are stored.
 
     Returns:
         An open `Checkpoint`.
@@ -33,7 +36,7 @@ def open_checkpoint(path, *, config=None):
     for name in _FORMATS:
         module = importlib.import_module(f"gemma_keras.checkpoints.{name}")
         if module.recognises(path):
-            return module.open_checkpoint(path, config)
+            return module.open_checkpoint(path, config, dtype)
     raise CheckpointError(_unknown(path))
 
 

@@ -127,8 +127,11 @@ def recognises(path):
     return (path / INDEX).is_file() or any(path.glob("*.safetensors"))
 
 
-def open_checkpoint(path, config=None):
-    """Opens a directory, or one safetensors file with its config.json beside it."""
+def open_checkpoint(path, config=None, dtype=None):
+    """Opens a directory, or one safetensors file with its config.json beside it.
+
+    `dtype` is of no consequence: nothing that this reads is quantised.
+    """
     return HuggingFaceCheckpoint(path, config)
 
 

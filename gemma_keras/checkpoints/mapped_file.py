@@ -6,7 +6,9 @@ writable (copy on write): torch wraps such an array without a copy, and nothing
 written to it reaches the file.
 """
 
+import contextlib
 import math
+import mmap
 import os
 from pathlib import Path
 
@@ -28,7 +30,7 @@ class MappedFile:
     def __init__(self, path):
         self.path = Path(path)
         try:
-            self._file = self.path.open("rb")  # noqa: SIM115 (closed by close)
+            self._file = self.path.open("rb")
             self.size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise CheckpointError(
@@ -42,6 +44,18 @@ class MappedFile:
             return self._file.read(count)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: cannot be read ({error}).") from error
+
+    @contextlib.contextmanager
+    def view(self):
+        """The whole file as one read-only buffer, while the context lasts."""
+        try:
+            view = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path}: cannot be mapped ({error})."
+            ) from error
+        with view:
+            yield view
 
     def array(self, offset, dtype, shape, name):
         """Maps an array; the caller has checked that it lies inside the file.

@@ -1,0 +1,321 @@
+"""GGUF checkpoints of llama.cpp: architectures gemma, gemma2 and gemma3 (text).
+
+Tensors are stored [out, in] under llama.cpp's names. Norm weights are stored plus
+one, and the embedding of some files has padding rows after the vocabulary; both are
+undone here. What the files leave unsaid is what llama.cpp assumes.
+"""
+
+import re
+
+import numpy as np
+
+from gemma_keras.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    build_config,
+    check_shape,
+    dominant_dtype,
+    shortest_pattern,
+    some,
+)
+from gemma_keras.checkpoints.gguf_file import GGUFFile
+from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
+
+_ARCHITECTURES = ("gemma", "gemma2", "gemma3")
+# Depth of the 27B models, whose query scale is width / heads: llama.cpp knows them
+# by it too, since the file does not say.
+_DEPTH_27B = {"gemma2": 46, "gemma3": 62}
+_BLOCK_NAMES = {
+    "pre_attention_norm/scale": "attn_norm",
+    "attention/query/kernel": "attn_q",
+    "attention/key/kernel": "attn_k",
+    "attention/value/kernel": "attn_v",
+    "attention/query_norm/scale": "attn_q_norm",
+    "attention/key_norm/scale": "attn_k_norm",
+    "attention/attention_output/kernel": "attn_output",
+    "post_attention_norm/scale": "post_attention_norm",
+    "pre_ffw_norm/scale": "ffn_norm",
+    "ffw_gating/kernel": "ffn_gate",
+    "ffw_gating_2/kernel": "ffn_up",
+    "ffw_linear/kernel": "ffn_down",
+    "post_ffw_norm/scale": "post_ffw_norm",
+}
+_EMBEDDING = "token_embd.weight"
+_UNUSED = 5
+
+
+def recognises(path):
+    """Whether `path` is a GGUF file, or a directory with exactly one."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF" or path.suffix == ".gguf"
+    return any(path.glob("*.gguf"))
+
+
+def open_checkpoint(path, config=None, dtype=None):
+    """Opens a GGUF file, or the only one in a directory."""
+    if path.is_dir():
+        found = sorted(path.glob("*.gguf"))
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{path}: holds {len(found)} GGUF files; name the one to load: "
+                f"{some(file.name for file in found)}."
+            )
+        path = found[0]
+    return GGUFCheckpoint(path, config, dtype)
+
+
+def weight_name(path):
+    """Name of a weight in the file; `path` is a key of `weight_shapes()`."""
+    if path == "token_embedding/embeddings":
+        return _EMBEDDING
+    if path == "final_normalization/scale":
+        return "output_norm.weight"
+    block, role = path.split("/", 1)
+    layer = block.removeprefix("decoder_block_")
+    return f"blk.{layer}.{_BLOCK_NAMES[role]}.weight"
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A GGUF file.
+
+    Tensors stored as floats come back as they are stored, quantised ones decoded to
+    `decoded_dtype`; norms in float32, because the one is taken off.
+    """
+
+    format = "GGUF"
+
+    def __init__(self, path, config=None, decoded_dtype=None):
+        if decoded_dtype not in (None, *FLOAT_DTYPES):
+            raise ValueError(
+                f"dtype must be one of {', '.join(FLOAT_DTYPES)}, got "
+                f"{decoded_dtype!r}."
+            )
+        self.path = path
+        self._decoded = decoded_dtype or "float32"
+        self._file = GGUFFile(path)
+        try:
+            self._fields = self._file.fields
+            self.config = config or self._read_config()
+            self._names = self._match()
+            self.dtype = dominant_dtype(
+                (
+                    self._file.float_dtype(name) or self._decoded,
+                    int(np.prod(self._file.shapes[name])),
+                )
+                for name in self._names.values()
+            )
+        except CheckpointError:
+            self.close()
+            raise
+
+    def _read_config(self):
+        arch = self._fields.get("general.architecture")
+        if arch not in _ARCHITECTURES:
+            raise CheckpointError(
+                f"{self.path}: architecture {arch!r} is not supported; supported are "
+                f"{', '.join(_ARCHITECTURES)}."
+            )
+        if self._fields.get("general.type", "model") != "model":
+            raise CheckpointError(
+                f"{self.path}: is a {self._fields['general.type']}, not a model."
+            )
+        if self._fields.get("split.count", 0) not in (0, 1):
+            raise CheckpointError(
+                f"{self.path}: is one part of several; join them first with "
+                "llama-gguf-split --merge."
+            )
+        width, heads = self._get("embedding_length"), self._get("attention.head_count")
+        layers = self._get("block_count")
+        head_dim = self._get("attention.key_length", width // max(heads, 1))
+        if self._get("attention.value_length", head_dim) != head_dim:
+            raise CheckpointError(
+                f"{self.path}: keys and values of different sizes are not supported."
+            )
+        scalar = head_dim
+        if layers == _DEPTH_27B.get(arch):
+            scalar = width / heads
+        fields = {
+            "vocab_size": self._vocab_size(),
+            "num_layers": layers,
+            "hidden_dim": width,
+            "ffn_dim": self._get("feed_forward_length"),
+            "num_query_heads": heads,
+            "num_kv_heads": self._get("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "query_pre_attn_scalar": scalar,
+            "norm_epsilon": self._get("attention.layer_norm_rms_epsilon"),
+            "max_position": self._get("context_length"),
+            "rope_theta": self._get("rope.freq_base", 10_000.0),
+            "rope_scaling_factor": self._rope_factor(arch),
+        }
+        if arch != "gemma":
+            fields |= self._later_fields(arch, layers)
+        return build_config(self.path, **fields)
+
+    def _later_fields(self, arch, layers):
+        """What only Gemma 2 and 3 have."""
+        fields = {"use_post_norms": True}
+        if arch == "gemma2":
+            fields["sliding_window"] = self._get("attention.sliding_window", 4096)
+            fields["layer_pattern"] = self._layer_pattern(layers, 2)
+            fields["attn_logit_soft_cap"] = self._get("attn_logit_softcapping", 50.0)
+            fields["final_logit_soft_cap"] = self._get("final_logit_softcapping", 30.0)
+            return fields
+        fields["use_qk_norm"] = True
+        fields["sliding_window"] = self._get("attention.sliding_window")
+        fields["layer_pattern"] = self._layer_pattern(layers, 6)
+        fields["final_logit_soft_cap"] = self._get("final_logit_softcapping", 0) or None
+        fields["rope_theta"] = self._get("rope.freq_base", 1_000_000.0)
+        fields["local_rope_theta"] = self._get("rope.freq_base_swa", 10_000.0)
+        return fields
+
+    def _get(self, name, default=None):
+        """A number under the architecture's prefix, or an error if there is none."""
+        key = f"{self._fields['general.architecture']}.{name}"
+        value = self._fields.get(key, default)
+        if value is None:
+            raise CheckpointError(f"{self.path}: the key {key} is missing.")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(
+                f"{self.path}: {key} must be a number, not a {type(value).__name__}."
+            )
+        if isinstance(value, float):
+            # Stored as float32: 1e-6 and 1000000 as people wrote them.
+            value = float(str(np.float32(value)))
+        return value
+
+    def _layer_pattern(self, layers, default):
+        key = f"{self._fields['general.architecture']}.attention.sliding_window_pattern"
+        value = self._fields.get(key, default)
+        if isinstance(value, np.ndarray) and len(value) == layers:
+            return shortest_pattern("".join("L" if local else "G" for local in value))
+        if isinstance(value, int) and 1 <= value <= 1024:
+            return "L" * (value - 1) + "G"
+        raise CheckpointError(f"{self.path}: {key} is not understood.")
+
+    def _rope_factor(self, arch):
+        kind = self._fields.get(f"{arch}.rope.scaling.type", "none")
+        if kind not in ("none", "linear"):
+            raise CheckpointError(
+                f"{self.path}: rope scaling {kind!r} is not supported; Gemma uses "
+                "none and linear."
+            )
+        factor = self._get("rope.scaling.factor", 1.0) if kind == "linear" else 1.0
+        if arch == "gemma2" and factor != 1.0:
+            raise CheckpointError(
+                f"{self.path}: Gemma 2 with rope scaling is unsupported."
+            )
+        return factor or 1.0
+
+    def _vocab_size(self):
+        """Rows of the embedding that stand for a piece of the vocabulary."""
+        shape = self._file.shapes.get(_EMBEDDING)
+        if shape is None or len(shape) != 2:
+            raise CheckpointError(f"{self.path}: the tensor {_EMBEDDING} is missing.")
+        pieces = self._pieces()
+        if not pieces:
+            return shape[0]
+        if len(pieces) > shape[0]:
+            raise CheckpointError(
+                f"{self.path}: {_EMBEDDING} has {shape[0]} rows for the "
+                f"{len(pieces)} pieces of the vocabulary."
+            )
+        return len(pieces)
+
+    def _pieces(self):
+        """The vocabulary without the padding that converters append to it."""
+        pieces = self._fields.get("tokenizer.ggml.tokens", [])
+        types = self._fields.get("tokenizer.ggml.token_type")
+        if not isinstance(pieces, list) or types is None:
+            return pieces if isinstance(pieces, list) else []
+        count = len(pieces)
+        while (
+            count
+            and count <= len(types)
+            and types[count - 1] == _UNUSED
+            and re.fullmatch(rb"\[PAD\d+\]", pieces[count - 1])
+        ):
+            count -= 1
+        return pieces[:count]
+
+    def _match(self):
+        """Maps every weight path to its tensor, and accounts for the rest."""
+        if self.config.num_layers > len(self._file.shapes):
+            raise CheckpointError(
+                f"{self.path}: {len(self._file.shapes)} tensors are too few for "
+                f"{self.config.num_layers} layers."
+            )
+        self._shapes = self.config.weight_shapes()
+        names = {}
+        for path, shape in self._shapes.items():
+            name = weight_name(path)
+            found = self._file.shapes.get(name)
+            if found is None:
+                raise CheckpointError(f"{self.path}: the tensor {name} is missing.")
+            stored = tuple(reversed(shape)) if path.endswith("kernel") else shape
+            if name == _EMBEDDING and len(found) == 2 and found[0] > shape[0]:
+                found = (shape[0], *found[1:])
+            check_shape(f"{self.path}: {name}", found, stored)
+            if len(shape) == 1 and self._file.float_dtype(name) is None:
+                raise CheckpointError(f"{self.path}: {name} is a quantised norm.")
+            names[path] = name
+        self._check_rest(set(names.values()))
+        return names
+
+    def _check_rest(self, used):
+        extra = set(self._file.shapes) - used
+        if "output.weight" in extra:
+            extra.remove("output.weight")
+            if not self._file.same_bytes("output.weight", _EMBEDDING):
+                raise CheckpointError(
+                    f"{self.path}: output.weight differs from {_EMBEDDING}; a Gemma "
+                    "with an output head of its own is not supported."
+                )
+        if extra:
+            raise CheckpointError(
+                f"{self.path}: holds tensors that are no part of Gemma: {some(extra)}."
+            )
+
+    def tensor(self, path):
+        """A view of the mapped file, or the decoded tensor."""
+        array = self._file.tensor(self._names[path], self._decoded)
+        shape = self._shapes[path]
+        if len(shape) == 1:
+            return array.astype(np.float32) - np.float32(1)
+        return array.T if path.endswith("kernel") else array[: shape[0]]
+
+    def sources(self, path):
+        """File, tensor name and stored type."""
+        name = self._names[path]
+        return f"{self.path.name}: {name} ({self._file.type_name(name)})"
+
+    def tokenizer(self):
+        """The tokenizer of the vocabulary in the file, or None without one."""
+        from gemma_keras.tokenizer import GemmaTokenizer
+
+        pieces = self._pieces()
+        if not pieces:
+            return None
+        model = self._fields.get("tokenizer.ggml.model")
+        if model != "llama":
+            raise CheckpointError(
+                f"{self.path}: its vocabulary is of the kind {model!r}; Gemma's is "
+                "'llama' (SentencePiece)."
+            )
+        lists = []
+        for key in ("scores", "token_type"):
+            values = self._fields.get(f"tokenizer.ggml.{key}")
+            if not isinstance(values, np.ndarray) or len(values) < len(pieces):
+                raise CheckpointError(
+                    f"{self.path}: tokenizer.ggml.{key} is missing or too short."
+                )
+            lists.append(values[: len(pieces)].tolist())
+        try:
+            return GemmaTokenizer.from_pieces(pieces, *lists)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+
+    def close(self):
+        """Closes the file; arrays keep their own mappings."""
+        self._file.close()
