@@ -387,8 +387,8 @@ def _bad_proto(proto: bytes, where: str) -> str:
             f"{where} is a Git LFS pointer, not the file: fetch it with `git lfs pull`."
         )
     return (
-        f"{where} ({len(proto)} bytes) is not a SentencePiece model, or it is damaged or "
-        "was cut short."
+        f"{where} ({len(proto)} bytes) is not a SentencePiece model, or it is damaged "
+        "or was cut short."
     )
 
 
