@@ -66,8 +66,8 @@ def read_turns(
         turns.append(Turn(expected, (prefix if not number else "") + content.strip()))
     if add_generation_prompt and turns[-1].role == "model":
         raise ValueError(
-            "The chat ends with the assistant's message: there is nothing to answer. Add "
-            "a user message, or pass add_generation_prompt=False."
+            "The chat ends with the assistant's message: there is nothing to answer. "
+            "Add a user message, or pass add_generation_prompt=False."
         )
     return turns
 

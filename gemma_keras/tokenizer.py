@@ -371,11 +371,10 @@ class TextStream:
 def _load(proto: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()
     try:
-        loaded = proto and processor.LoadFromSerializedProto(proto)
-    except RuntimeError as error:
+        vocabulary.check_proto(proto)
+        processor.LoadFromSerializedProto(proto)
+    except (ValueError, RuntimeError) as error:
         raise ValueError(_bad_proto(proto, where)) from error
-    if not loaded:
-        raise ValueError(_bad_proto(proto, where))
     return processor
 
 

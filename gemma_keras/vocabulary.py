@@ -25,6 +25,9 @@ PAD_PIECE, EOS_PIECE, BOS_PIECE, UNK_PIECE = "<pad>", "<eos>", "<bos>", "<unk>"
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _BPE = 2  # TrainerSpec.ModelType
+# Protobuf tags (field number and wire type) of ModelProto and of its pieces.
+_PIECE, _TRAINER_SPEC, _NORMALIZER_SPEC = 0x0A, 0x12, 0x1A
+_PIECE_TEXT, _PIECE_TYPE = 0x0A, 0x18
 # The soft image token that Hugging Face adds past the end of Gemma 3's vocabulary. Text
 # models have no embedding for it, and Google's tokenizer.model does not know it.
 _IMAGE_SOFT_TOKEN = "<image_soft_token>"
@@ -112,31 +115,40 @@ def proto_from_tokenizer_json(document: dict) -> bytes:
     return build_proto(pieces, scores, types)
 
 
+def check_proto(proto: bytes) -> None:
+    """Refuses a serialized model that lacks one of its three parts.
+
+    The library does not: cut between two parts, a file loads, and cuts text by the
+    library's defaults instead of Gemma's rules.
+
+    Raises:
+        ValueError: a part is missing, or the bytes are no protobuf message.
+    """
+    found = {tag for tag, _, _ in _top_fields(proto)}
+    if not {_PIECE, _TRAINER_SPEC, _NORMALIZER_SPEC} <= found:
+        raise ValueError("it holds no pieces, no trainer_spec or no normalizer_spec.")
+
+
 def user_defined_pieces(proto: bytes) -> dict[str, tuple[int, int]]:
     """Finds the user-defined pieces of a serialized model.
 
     Returns:
         For each piece its id, and where in `proto` the byte lies that holds its type.
-
-    Raises:
-        ValueError: the bytes are not a serialized SentencePiece model.
     """
     found = {}
-    number = 0
-    for tag, start, end in _fields(proto, 0, len(proto)):
-        if tag != 0x0A:
-            continue
+    places = [(start, end) for tag, start, end in _top_fields(proto) if tag == _PIECE]
+    for number, (start, end) in enumerate(places):
         # Cheap first: few of the 256,000 pieces hold the type field's bytes at all.
-        if proto.find(b"\x18\x04", start, end) >= 0:
-            text, kind, where = "", NORMAL, -1
-            for inner, left, right in _fields(proto, start, end):
-                if inner == 0x0A:
-                    text = proto[left:right].decode("utf-8")
-                elif inner == 0x18:
-                    kind, where = proto[left], left
-            if kind == USER_DEFINED:
-                found[text] = (number, where)
-        number += 1
+        if proto.find(b"\x18\x04", start, end) < 0:
+            continue
+        text, kind, where = "", NORMAL, -1
+        for tag, left, right in _fields(proto, start, end):
+            if tag == _PIECE_TEXT:
+                text = proto[left:right].decode("utf-8")
+            elif tag == _PIECE_TYPE:
+                kind, where = proto[left], left
+        if kind == USER_DEFINED:
+            found[text] = (number, where)
     return found
 
 
@@ -312,6 +324,20 @@ def _fields(data: bytes, pos: int, end: int) -> Iterator[tuple[int, int, int]]:
         if pos > end:
             raise ValueError(f"the field at byte {start} runs past the end.")
         yield tag, start, pos
+
+
+def _top_fields(proto: bytes) -> Iterator[tuple[int, int, int]]:
+    """As `_fields` of the whole, but quick where pieces follow each other."""
+    pos, end = 0, len(proto)
+    while pos < end:
+        size = proto[pos + 1] if pos + 1 < end else 0x80
+        if proto[pos] == _PIECE and size < 0x80 and pos + 2 + size <= end:
+            pos += 2 + size
+            yield _PIECE, pos - size, pos
+        else:
+            field = next(_fields(proto, pos, end))
+            pos = field[2]
+            yield field
 
 
 def _read_varint(data: bytes, pos: int) -> tuple[int, int]:
