@@ -3,8 +3,6 @@
 The only module that knows which backend runs, and the only one that imports it.
 """
 
-import functools
-
 import keras
 import numpy as np
 from keras import ops
@@ -41,3 +39,96 @@ def write_slots(buffer, new, start, axis):
     if NAME == "jax":
         return jax.lax.dynamic_update_slice(buffer, new, starts)
     return ops.slice_update(buffer, starts, new)
+
+
+def read_slot(buffer, index, axis):
+    """The slice of size 1 of `buffer` at `index` along `axis`."""
+    if NAME == "torch":
+        return buffer.narrow(axis, int(index), 1)
+    starts, sizes = [0] * len(buffer.shape), list(buffer.shape)
+    starts[axis], sizes[axis] = index, 1
+    return ops.slice(buffer, starts, sizes)
+
+
+def gumbel(seed, count, shape):
+    """Standard Gumbel noise of `shape`, a function of integers `seed` and `count`."""
+    if NAME == "jax":
+        key = jax.random.fold_in(jax.random.key(seed), count)
+        return jax.random.gumbel(key, shape, "float32")
+    if NAME == "torch":
+        device = torch_device()
+        generator = torch.Generator(device)
+        generator.manual_seed((int(seed) << 32) + int(count))
+        exponential = torch.empty(shape, dtype=torch.float32, device=device)
+        return -exponential.exponential_(generator=generator).log()
+    uniform = tf.random.stateless_uniform(
+        shape, seed=tf.stack([seed, count]), minval=np.finfo("float32").tiny
+    )
+    return -tf.math.log(-tf.math.log(uniform))
+
+
+def torch_device():
+    """The device that Keras puts torch tensors on."""
+    return ops.convert_to_tensor(0).device
+
+
+def counter(value):
+    """An integer that a loop counts up: a Python one on torch, an array elsewhere."""
+    return value if NAME == "torch" else ops.convert_to_tensor(value, dtype="int32")
+
+
+def loop(condition, body, state):
+    """Run `state = body(state)` while `condition(state)`, inside a program."""
+    if NAME == "torch":
+        while condition(state):
+            state = body(state)
+        return state
+    if NAME == "jax":
+        return jax.lax.while_loop(condition, body, state)
+    return tf.while_loop(condition, lambda state: (body(state),), (state,))[0]
+
+
+class Program:
+    """A function of arrays, compiled the backend's way, that reads a model's weights.
+
+    Args:
+        function: takes and returns nested arrays. It is traced anew for arguments of
+            new shapes.
+        variables: every Keras variable it reads.
+        donated: index of an argument that is not used again, whose memory is free for
+            the results.
+    """
+
+    def __init__(self, function, variables, donated=None):
+        self.function, self.variables = function, list(variables)
+        if NAME == "jax":
+            donate = () if donated is None else (donated + 1,)
+            self._compiled = jax.jit(self._with_values, donate_argnums=donate)
+        elif NAME == "tensorflow":
+            self._compiled = tf.function(function, jit_compile=True)
+            self._concrete = {}
+
+    def _with_values(self, values, *arguments):
+        # Weights are arguments: closed over, XLA would keep them as constants.
+        mapping = list(zip(self.variables, values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping):
+            return self.function(*arguments)
+
+    def __call__(self, *arguments):
+        if NAME == "jax":
+            values = [variable.value for variable in self.variables]
+            return self._compiled(values, *arguments)
+        if NAME == "torch":
+            arguments = keras.tree.map_structure(_array_to_torch, arguments)
+            with torch.no_grad():
+                return self.function(*arguments)
+        arguments = tf.nest.map_structure(tf.convert_to_tensor, arguments)
+        # Asked for by shape: tf.function itself warns of every few new shapes.
+        key = tuple((x.dtype, tuple(x.shape)) for x in tf.nest.flatten(arguments))
+        if key not in self._concrete:
+            self._concrete[key] = self._compiled.get_concrete_function(*arguments)
+        return self._concrete[key](*arguments)
+
+
+def _array_to_torch(x):
+    return ops.convert_to_tensor(x) if isinstance(x, np.ndarray) else x

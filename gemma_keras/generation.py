@@ -1,0 +1,339 @@
+"""From prompts to tokens: prefill, decoding, streaming, and beam search.
+
+Prefill reads the whole prompt in one call and makes logits for its last position only;
+decoding then reads one token a call, in a loop that is compiled as a whole on JAX and
+TensorFlow. Programs are kept, so that a second prompt, other settings or a longer
+answer compile nothing.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from gemma_keras import backend, samplers
+from gemma_keras import cache as kv_cache
+
+MAX_STOP_IDS = 16
+
+
+class State(NamedTuple):
+    """Everything that decoding carries on, as arrays."""
+
+    cache: kv_cache.Cache
+    tokens: Any  # int32 [B, capacity]: the answer so far
+    log_probs: Any  # float32 [B, capacity], of each of these tokens
+    emitted: Any  # int32 [B]: how many of them count, stop token included
+    done: Any  # bool [B]
+    position: Any  # int32 [B]: of the last token, counted in its row
+    seen: Any  # bool [B, V], tokens that a repetition penalty hits; or [B, 1]
+    count: Any  # how many tokens every row has been given
+    last_hidden: Any  # [B, D]: what the newest token was chosen from
+
+
+class Plan(NamedTuple):
+    """A request, as arrays that go into the programs."""
+
+    features: samplers.Features
+    controls: dict
+    stop_ids: np.ndarray  # int32 [MAX_STOP_IDS], padded with -1
+    limits: np.ndarray  # int32 [B]: most tokens that each row may get
+
+
+def make_plan(sampler, limits, stop_token_ids, seed=None):
+    """The `Plan` for a sampler, limits for each row, and ids that end an answer."""
+    stop_token_ids = sorted({int(i) for i in stop_token_ids})
+    if len(stop_token_ids) > MAX_STOP_IDS:
+        raise ValueError(
+            f"At most {MAX_STOP_IDS} stop_token_ids, got {len(stop_token_ids)}."
+        )
+    stop_ids = np.full(MAX_STOP_IDS, -1, "int32")
+    stop_ids[: len(stop_token_ids)] = stop_token_ids
+    if seed is None:
+        seed = sampler.seed
+    if seed is None:
+        seed = np.random.randint(2**31 - 1)
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
+        raise ValueError(f"seed must be an integer from 0 to 2**31 - 1, got {seed!r}.")
+    return Plan(
+        samplers.features(sampler),
+        samplers.controls(sampler, seed),
+        stop_ids,
+        np.asarray(limits, "int32"),
+    )
+
+
+def bucket(length, smallest=32):
+    """The next length that programs are compiled for: 32, 48, 64, 96, 128, 192, ..."""
+    size = smallest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+class Engine:
+    """The programs of one backbone, compiled when first needed."""
+
+    def __init__(self, backbone):
+        self.backbone = backbone
+        self._programs = {}
+        self._variables = None
+
+    def start(self, prompts, plan):
+        """Read `prompts`, lists of token ids, and choose the first token of each row."""
+        longest = max(len(prompt) for prompt in prompts)
+        length = longest if backend.NAME == "torch" else bucket(longest)
+        tokens = np.zeros((len(prompts), length), "int32")
+        mask = np.zeros((len(prompts), length), bool)
+        for row, prompt in enumerate(prompts):
+            tokens[row, length - len(prompt) :] = prompt
+            mask[row, length - len(prompt) :] = True
+        capacity = bucket(length + int(max(plan.limits)), 128)
+        program = self._program("prefill", plan.features, capacity)
+        return program(tokens, mask, *plan[1:])
+
+    def resume(self, state, prompt, plan):
+        """Read more of a conversation of one row into the cache that `state` holds."""
+        used = int(state.cache.length)
+        length = len(prompt) if backend.NAME == "torch" else bucket(len(prompt))
+        tokens, mask = np.zeros((1, length), "int32"), np.zeros((1, length), bool)
+        tokens[0, : len(prompt)] = prompt
+        mask[0, : len(prompt)] = True
+        capacity = bucket(used + length + int(max(plan.limits)), 128)
+        if capacity > state.tokens.shape[1]:
+            cache = kv_cache.grow_cache(state.cache, self.backbone.config, capacity)
+            blank = _blank(1, capacity)
+            state = state._replace(cache=cache, tokens=blank[0], log_probs=blank[1])
+        return self._program("extend", plan.features)(state, tokens, mask, *plan[1:])
+
+    def advance(self, state, plan, limit):
+        """Decode until every row is done or has been given `limit` tokens."""
+        limit = backend.counter(limit)
+        return self._program("decode", plan.features)(state, limit, *plan[1:])
+
+    def beam_search(self, prompts, plan, sampler):
+        """Continue each prompt by beam search.
+
+        Returns:
+            A `State` of len(prompts) * num_beams rows, the beams of a prompt together
+            and the best first, and their log-probabilities [prompts, num_beams].
+        """
+        width = sampler.num_beams
+        state = self.start(prompts, plan)
+        limit = backend.counter(int(max(plan.limits)))
+        plan = plan._replace(limits=np.repeat(plan.limits, width))
+        program = self._program("beams", plan.features, width)
+        state, scores = program(state, limit, *plan[1:])
+        scores = ops.convert_to_numpy(scores)
+        lengths = ops.convert_to_numpy(state.emitted).reshape(scores.shape)
+        ranks = np.argsort(
+            -scores / np.maximum(lengths, 1) ** sampler.length_penalty,
+            axis=1,
+            kind="stable",
+        )
+        rows = (ranks + np.arange(len(ranks))[:, None] * width).ravel()
+        tokens = ops.convert_to_numpy(state.tokens)[rows]
+        log_probs = ops.convert_to_numpy(state.log_probs)[rows]
+        emitted = lengths.ravel()[rows]
+        state = state._replace(tokens=tokens, log_probs=log_probs, emitted=emitted)
+        return state, np.take_along_axis(scores, ranks, axis=1)
+
+    def _program(self, kind, features, size=None):
+        variables = self.backbone.variables
+        if self._variables is None or [*map(id, variables)] != self._variables:
+            # LoRA or quantisation gave the model other weights.
+            self._variables = [*map(id, variables)]
+            self._programs.clear()
+        key = (kind, features, size)
+        if key not in self._programs:
+            functions = {
+                "prefill": lambda *a: self._prefill(features, size, *a),
+                "extend": lambda *a: self._extend(features, *a),
+                "decode": lambda *a: self._decode(features, *a),
+                "beams": lambda *a: self._beams(size, *a),
+            }
+            donated = 0 if kind in ("extend", "decode") else None
+            self._programs[key] = backend.Program(functions[kind], variables, donated)
+        return self._programs[key]
+
+    # What follows is traced into programs.
+
+    def _prefill(self, features, capacity, tokens, mask, controls, stop_ids, limits):
+        batch = tokens.shape[0]
+        backbone = self.backbone
+        cache = kv_cache.make_cache(
+            backbone.config, batch, capacity, backbone.compute_dtype
+        )
+        inputs = {"token_ids": tokens, "padding_mask": mask}
+        hidden, cache = backbone(inputs, cache=cache)
+        cache = cache._replace(length=backend.counter(cache.length))
+        seen = ops.zeros((batch, 1), dtype="bool")
+        if features.penalty:
+            seen = ops.zeros((batch, backbone.config.vocab_size), dtype="bool")
+            seen = self._mark(seen, tokens, mask)
+        state = State(
+            cache,
+            *_blank(batch, capacity),
+            emitted=ops.zeros((batch,), dtype="int32"),
+            done=limits <= 0,
+            position=ops.sum(ops.cast(mask, "int32"), axis=1) - 1,
+            seen=seen,
+            count=backend.counter(0),
+            last_hidden=hidden[:, -1],
+        )
+        return self._emit(state, hidden[:, -1], features, controls, stop_ids, limits)
+
+    def _extend(self, features, state, tokens, mask, controls, stop_ids, limits):
+        inputs = {"token_ids": tokens, "padding_mask": mask}
+        inputs["positions"] = (
+            state.position[:, None] + 1 + ops.arange(tokens.shape[1], dtype="int32")
+        )
+        hidden, cache = self.backbone(inputs, cache=state.cache)
+        last = ops.sum(ops.cast(mask, "int32"), axis=1)
+        seen = state.seen
+        if features.penalty:
+            seen = ops.zeros((1, self.backbone.config.vocab_size), dtype="bool")
+            seen = self._mark(seen, tokens, mask)
+        state = state._replace(
+            cache=cache,
+            emitted=ops.zeros_like(state.emitted),
+            done=limits <= 0,
+            position=state.position + last,
+            seen=seen,
+            count=backend.counter(0),
+        )
+        hidden = ops.take_along_axis(hidden, (last - 1)[:, None, None], axis=1)[:, 0]
+        return self._emit(state, hidden, features, controls, stop_ids, limits)
+
+    def _decode(self, features, state, limit, *plan):
+        def unfinished(state):
+            return ops.logical_and(state.count < limit, ops.any(~state.done))
+
+        def step(state):
+            state, hidden = self._read_last(state)
+            return self._emit(state, hidden, features, *plan)
+
+        return backend.loop(unfinished, step, state)
+
+    def _read_last(self, state):
+        """Feed each row its newest token: the state, and hidden states [B, D]."""
+        position = state.position + 1
+        token = backend.read_slot(state.tokens, state.count - 1, axis=1)
+        hidden, cache = self.backbone(
+            {"token_ids": token, "positions": position[:, None]}, cache=state.cache
+        )
+        return state._replace(cache=cache, position=position), hidden[:, 0]
+
+    def _emit(self, state, hidden, features, controls, stop_ids, limits):
+        """Choose the next token of each row from its last hidden state [B, D]."""
+        logits = ops.cast(self.backbone.logits(hidden), "float32")
+        noise = None
+        if features.random:
+            noise = backend.gumbel(controls["seed"], state.count, tuple(logits.shape))
+        token = samplers.choose(logits, controls, features, state.seen, noise)
+        chosen = ops.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+        log_prob = chosen - ops.logsumexp(logits, axis=-1)
+        if features.penalty:
+            fresh = ops.logical_not(state.done)[:, None]
+            seen = self._mark(state.seen, token[:, None], fresh)
+            state = state._replace(seen=seen)
+        state = self._append(state, token, log_prob, stop_ids, limits)
+        return state._replace(last_hidden=hidden)
+
+    def _append(self, state, token, log_prob, stop_ids, limits):
+        """The state with one more token [B] in each row that is not done."""
+        token = ops.where(state.done, 0, token)
+        emitted = state.emitted + ops.cast(ops.logical_not(state.done), "int32")
+        stopped = ops.any(token[:, None] == stop_ids[None], axis=1)
+        stopped = ops.logical_or(stopped, emitted >= limits)
+        write = backend.write_slots
+        return state._replace(
+            tokens=write(state.tokens, token[:, None], state.count, axis=1),
+            log_probs=write(state.log_probs, log_prob[:, None], state.count, axis=1),
+            emitted=emitted,
+            done=ops.logical_or(state.done, stopped),
+            count=state.count + 1,
+        )
+
+    def _beams(self, width, state, limit, controls, stop_ids, limits):
+        """Beam search from the state after prefill, whose token is chosen anew."""
+        prompts = state.done.shape[0]
+        rows = np.repeat(np.arange(prompts), width)
+        scores = np.full((prompts, width), samplers.DROPPED, "float32")
+        scores[:, 0] = 0.0
+        first = state.last_hidden
+        state = _take_rows(state, rows)
+        state = state._replace(
+            emitted=ops.zeros_like(state.emitted),
+            done=limits <= 0,
+            count=backend.counter(0),
+        )
+        hidden = ops.take(first, rows, axis=0)
+        carried = self._grow_beams(state, scores, hidden, stop_ids, limits)
+
+        def unfinished(carried):
+            state, _ = carried
+            return ops.logical_and(state.count < limit, ops.any(~state.done))
+
+        def step(carried):
+            state, scores = carried
+            state, hidden = self._read_last(state)
+            return self._grow_beams(state, scores, hidden, stop_ids, limits)
+
+        return backend.loop(unfinished, step, carried)
+
+    def _grow_beams(self, state, scores, hidden, stop_ids, limits):
+        """Keep the best of all one-token continuations of the beams of each prompt."""
+        prompts, width = scores.shape
+        logits = ops.cast(self.backbone.logits(hidden), "float32")
+        log_probs = ops.log_softmax(logits, axis=-1)
+        vocab = log_probs.shape[1]
+        # A finished beam has one continuation, padding, at no cost.
+        idle = np.full((1, vocab), samplers.DROPPED, "float32")
+        idle[0, 0] = 0.0
+        steps = ops.where(state.done[:, None], idle, log_probs)
+        totals = ops.reshape(scores, (-1, 1)) + steps
+        scores, best = ops.top_k(ops.reshape(totals, (prompts, -1)), width)
+        best = ops.cast(best, "int32")
+        rows = best // vocab + np.arange(prompts, dtype="int32")[:, None] * width
+        rows, token = ops.reshape(rows, -1), ops.reshape(best % vocab, -1)
+        log_prob = ops.take(ops.reshape(steps, -1), rows * vocab + token)
+        state = self._append(_take_rows(state, rows), token, log_prob, stop_ids, limits)
+        return state, scores
+
+    def _mark(self, seen, tokens, mask):
+        """`seen` [B, V] with `tokens` [B, T] marked where `mask` is true."""
+        rows = ops.arange(tokens.shape[0], dtype="int32")[:, None]
+        rows = ops.broadcast_to(rows, tokens.shape)
+        # Padding is sent to one column past the end, which is then cut off.
+        width = seen.shape[1]
+        columns = ops.where(mask, tokens, width)
+        places = ops.stack([ops.reshape(rows, -1), ops.reshape(columns, -1)], axis=1)
+        wide = ops.pad(ops.cast(seen, "int32"), [[0, 0], [0, 1]])
+        wide = ops.scatter_update(wide, places, ops.ones(places.shape[0], "int32"))
+        return ops.cast(wide[:, :width], "bool")
+
+
+def _blank(batch, capacity):
+    shape = (batch, capacity)
+    return ops.zeros(shape, dtype="int32"), ops.zeros(shape, dtype="float32")
+
+
+def _take_rows(state, rows):
+    """Every array of `state` that has rows, with these rows instead."""
+
+    def take(array):
+        return ops.take(array, rows, axis=0)
+
+    cache = kv_cache.Cache(
+        tuple(take(keys) for keys in state.cache.keys),
+        tuple(take(values) for values in state.cache.values),
+        {kind: take(p) for kind, p in state.cache.positions.items()},
+        state.cache.length,
+    )
+    rest = {
+        name: take(array)
+        for name, array in state._asdict().items()
+        if name not in ("cache", "count")
+    }
+    return State(cache=cache, count=state.count, **rest)
