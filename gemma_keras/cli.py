@@ -1,0 +1,367 @@
+"""The command `gemma-keras`.
+
+Answers go to stdout, everything else to stderr. Keras and its backend are imported when
+a command needs them, no sooner: `--help` is quick, and `--backend` comes in time.
+
+Exit status: 0 the work is done; 1 it failed, and stderr says why in one message; 2 the
+command line is wrong; 130 interrupted with Ctrl-C.
+"""
+
+import contextlib
+import dataclasses
+import enum
+import functools
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import pathlib
+import sys
+from typing import Annotated
+
+import typer
+
+import gemma_keras
+from gemma_keras.console import loading, message, say
+
+app = typer.Typer(
+    help="Run Gemma on JAX, PyTorch or TensorFlow.",
+    epilog="Exit status: 0 done, 1 failed, 2 wrong command line, 130 interrupted.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Backend(enum.StrEnum):
+    """What Keras can run on here, the preferred one first."""
+
+    JAX = "jax"
+    TORCH = "torch"
+    TENSORFLOW = "tensorflow"
+
+
+class Dtype(enum.StrEnum):
+    """How the weights are held."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Preset name (see `gemma-keras presets`), directory, .gguf file, "
+        "kaggle://... or hf://... handle.",
+    ),
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of what goes wrong.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def option(help, *names, **settings):
+    """A Typer option that is told apart by its help text."""
+    return typer.Option(*names, help=help, show_default=False, **settings)
+
+
+@dataclasses.dataclass
+class Model:
+    """The options that say which model runs, and how."""
+
+    source: Source
+    backend: Annotated[
+        Backend | None,
+        option("Backend of Keras; KERAS_BACKEND, or what is installed, by default."),
+    ] = None
+    dtype: Annotated[
+        Dtype, option("How to hold the weights; as they are stored by default.")
+    ] = Dtype.AUTO
+
+    def load(self):
+        """The `GemmaCausalLM`, with progress on stderr."""
+        choose_backend(self.backend)
+        with loading(self.source) as progress:
+            return gemma_keras.GemmaCausalLM.from_preset(
+                self.source, dtype=self.dtype.value, progress=progress
+            )
+
+
+@dataclasses.dataclass
+class Sampling:
+    """The options that say how text is chosen."""
+
+    max_new_tokens: Annotated[
+        int, option("Stop after this many tokens; 256 by default.", min=1)
+    ] = 256
+    temperature: Annotated[
+        float | None,
+        option("Logits are divided by it; 0, the default, is greedy.", min=0.0),
+    ] = None
+    top_k: Annotated[int | None, option("Sample among the K likeliest.", min=1)] = None
+    top_p: Annotated[
+        float | None,
+        option("Sample among the fewest with this probability.", min=0.0, max=1.0),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        option("Sample among those this likely, the best being 1.", min=0.0, max=1.0),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, option("Above 1: repeat less.", min=0.0)
+    ] = None
+    seed: Annotated[int | None, option("Make the choice repeatable.")] = None
+    stop: Annotated[
+        list[str] | None,
+        option("Stop before this text; may be given several times."),
+    ] = None
+
+    def arguments(self):
+        """The same as keyword arguments of `generate` and `stream`."""
+        from gemma_keras import samplers
+
+        filters = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        filters = {name: value for name, value in filters.items() if value is not None}
+        temperature = self.temperature
+        if temperature is None:
+            temperature = 1.0 if filters else 0.0
+        sampler = samplers.Sampler(
+            temperature=temperature,
+            repetition_penalty=self.repetition_penalty,
+            **filters,
+        )
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "stop": self.stop or None,
+            "sampler": sampler,
+            "seed": self.seed,
+        }
+
+
+def command(example):
+    """Makes a function a command of `app`.
+
+    A parameter whose type is a dataclass stands for one option a field. What the
+    function raises becomes one message and exit status 1.
+
+    Args:
+        example: command lines for the end of the help text.
+    """
+
+    def register(function):
+        groups, parameters = {}, []
+        for parameter in inspect.signature(function).parameters.values():
+            if dataclasses.is_dataclass(parameter.annotation):
+                fields = inspect.signature(parameter.annotation).parameters.values()
+                groups[parameter.name] = parameter.annotation, [f.name for f in fields]
+                parameters += fields
+            else:
+                parameters.append(parameter)
+        parameters.append(
+            inspect.Parameter(
+                "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
+            )
+        )
+        # Typer takes parameters without a default first.
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
+
+        @functools.wraps(function)
+        def run(**options):
+            debug = options.pop("debug")
+            for name, (group, fields) in groups.items():
+                options[name] = group(**{field: options.pop(field) for field in fields})
+            try:
+                function(**options)
+            except (typer.Exit, typer.Abort, typer.BadParameter):
+                raise
+            except KeyboardInterrupt:
+                say("")
+                raise typer.Exit(130) from None
+            except BrokenPipeError:
+                raise
+            except Exception as error:
+                if debug:
+                    raise
+                say(message(error))
+                raise typer.Exit(1) from None
+
+        run.__signature__ = inspect.Signature(parameters)
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        lines = "\n".join(f"  {line}" for line in example.splitlines())
+        app.command(epilog=f"\b\nExample:\n{lines}")(run)
+        return function
+
+    return register
+
+
+def choose_backend(asked=None):
+    """Sets KERAS_BACKEND, before Keras is imported, to a backend that is installed.
+
+    In this order: what was asked for, KERAS_BACKEND, what keras.json names, the first
+    of `Backend` that is installed.
+    """
+    name = asked or os.environ.get("KERAS_BACKEND")
+    if not name:
+        there = [backend for backend in (configured(), *Backend) if installed(backend)]
+        if not there:
+            raise ImportError(
+                "Keras needs JAX, PyTorch or TensorFlow, and none is installed. "
+                "Install one, for example with: pip install 'gemma_keras[jax]'"
+            )
+        name = there[0]
+    elif name not in list(Backend):
+        raise ValueError(
+            f"KERAS_BACKEND is {name!r}; it may be {', '.join(Backend)}, or absent."
+        )
+    elif not installed(name):
+        raise ImportError(
+            f"The backend {name} is not installed. Install it with: "
+            f"pip install 'gemma_keras[{name}]'"
+        )
+    os.environ["KERAS_BACKEND"] = str(name)
+    # TensorFlow's own notes at start are not for the reader of an answer.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def configured():
+    """The backend that keras.json names; Keras writes that file if it is absent."""
+    home = os.environ.get("KERAS_HOME") or "~/.keras"
+    try:
+        text = (pathlib.Path(home).expanduser() / "keras.json").read_text()
+        return json.loads(text).get("backend")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def installed(backend):
+    """Whether a backend can be imported; imports nothing."""
+    return backend in list(Backend) and bool(importlib.util.find_spec(backend))
+
+
+def show_version(wanted: bool):
+    """Prints the version and ends, if that was asked for."""
+    if wanted:
+        print(f"gemma-keras {gemma_keras.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        option("Print the version.", "--version", callback=show_version, is_eager=True),
+    ] = False,
+):
+    """Run Gemma on JAX, PyTorch or TensorFlow."""
+
+
+@command(
+    "gemma-keras generate gemma_tiny_en 'Once upon a time' --max-new-tokens 40\n"
+    "gemma-keras generate gemma_tiny_instruct_en 'What is the capital of France?' "
+    "--chat\n"
+    "cat prompt.txt | gemma-keras generate ./my_model --temperature 0.7 --seed 1"
+)
+def generate(
+    model: Model,
+    sampling: Sampling,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="Text; stdin if absent or -."),
+    ] = None,
+    chat: Annotated[
+        bool, option("Take the text as a user's turn of a chat.", "--chat")
+    ] = False,
+    system: Annotated[
+        str | None, option("Instruction before the user's turn; implies --chat.")
+    ] = None,
+):
+    """Print what comes after a text, as it is made."""
+    if prompt in (None, "-"):
+        if sys.stdin.isatty():
+            raise typer.BadParameter("give a PROMPT, or pipe one to stdin.")
+        prompt = sys.stdin.read().removesuffix("\n")
+    if chat or system is not None:
+        turns = [] if system is None else [{"role": "system", "content": system}]
+        prompt = [*turns, {"role": "user", "content": prompt}]
+    lm = model.load()
+    write(lm.stream(prompt, **sampling.arguments()))
+
+
+def write(pieces):
+    """Prints an answer to stdout, piece by piece, and a line break after it."""
+    last = ""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        last = piece or last
+    if not last.endswith("\n"):
+        print(flush=True)
+
+
+@command(
+    "gemma-keras chat gemma_tiny_instruct_en\n"
+    "printf 'Hello!\\nWho are you?\\n' | gemma-keras chat gemma_tiny_instruct_en"
+)
+def chat(
+    model: Model,
+    sampling: Sampling,
+    system: Annotated[str | None, option("Instruction for the whole chat.")] = None,
+):
+    """Talk with an instruction-tuned Gemma; it remembers the turns before.
+
+    A line is a turn; a backslash at its end continues it in the next line. /reset
+    forgets the chat, /exit or Ctrl-D ends it. Turns may also be piped to stdin.
+    """
+    lm = model.load()
+    arguments = sampling.arguments()
+    if sys.stdin.isatty():
+        say("/reset forgets the chat, /exit ends it, a \\ at its end continues a line.")
+    session = lm.start_chat(system=system)
+    for turn in turns():
+        if turn == "/exit":
+            break
+        if turn == "/reset":
+            session = lm.start_chat(system=system)
+            say("The chat starts anew.")
+        elif turn:
+            write(session.stream(turn, **arguments))
+
+
+def turns():
+    """What the user says, turn by turn, from a terminal or a pipe."""
+    lines = []
+    while (line := read_line("... " if lines else ">>> ")) is not None:
+        lines.append(line.removesuffix("\\"))
+        if not line.endswith("\\"):
+            yield "\n".join(lines).strip()
+            lines = []
+    if lines:
+        yield "\n".join(lines).strip()
+
+
+def read_line(prompt):
+    """A line of stdin without its end, or None after the last."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        # Gives `input` editing and a history, where Python has it.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("readline")
+        with contextlib.suppress(EOFError):
+            return input(prompt)
+        say("")
+        return None
+    if sys.stdin.isatty():
+        print(prompt, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return line.removesuffix("\n") if line else None
+
+
+def main():
+    """Runs the command line of this process."""
+    # What a terminal cannot show is shown as `?`; it must not end the answer.
+    sys.stdout.reconfigure(errors="replace")
+    app(prog_name="gemma-keras")

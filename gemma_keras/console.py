@@ -1,0 +1,81 @@
+"""What a person sees on stderr: messages, and work as it goes on."""
+
+import contextlib
+import sys
+import time
+
+EXPECTED = (ImportError, LookupError, OSError, ValueError)
+
+
+def say(text):
+    """Prints a line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def message(error):
+    """One message for a person about an exception."""
+    text = str(error).strip()
+    if isinstance(error, KeyError) and error.args:
+        text = str(error.args[0])
+    if isinstance(error, MemoryError):
+        text = f"there is not enough memory. {text}".strip()
+    elif not isinstance(error, EXPECTED) or not text:
+        text = f"{type(error).__name__}: {text}. --debug shows where."
+    return f"gemma-keras: {text}"
+
+
+def size(count):
+    """Bytes for people: `size(5_012_000_000)` is `"5.01 GB"`."""
+    units = iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while count >= 1000 and unit != "TB":
+        count, unit = count / 1000, next(units)
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+
+
+def bars(*columns):
+    """A `rich` progress display on stderr, which shows nothing if that is a file."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    )
+
+
+@contextlib.contextmanager
+def loading(source):
+    """Shows the bytes and the time of loading; one line remains when it is done.
+
+    Yields:
+        A function of the bytes that are loaded and of all bytes, for `from_preset`.
+    """
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TransferSpeedColumn,
+    )
+
+    started = time.monotonic()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    )
+    loaded = 0
+    with bars(*columns) as display:
+        task = display.add_task(f"Loading {source}", total=None)
+
+        def progress(done, total):
+            nonlocal loaded
+            loaded = done
+            display.update(task, completed=done, total=total)
+
+        yield progress
+    seconds = time.monotonic() - started
+    say(f"Loaded {source}: {size(loaded)} in {seconds:.1f} s")

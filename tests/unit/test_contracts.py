@@ -1,0 +1,60 @@
+"""Promises about the source itself: what a reader will find where, and how long."""
+
+import ast
+import pathlib
+
+import pytest
+
+import gemma_keras
+
+# The source tree where there is one, the installed package otherwise.
+PACKAGE = pathlib.Path(gemma_keras.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def functions(path):
+    tree = ast.parse(path.read_text())
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
+def parameters(function):
+    arguments = function.args
+    count = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs)
+    return count + bool(arguments.vararg) + bool(arguments.kwarg)
+
+
+def test_the_model_file_can_be_read_in_one_sitting():
+    path = PACKAGE / "backbone.py"
+    assert len(path.read_text().splitlines()) <= 450
+    for function in functions(path):
+        length = function.end_lineno - function.lineno + 1
+        assert length <= 60, f"{function.name} has {length} lines"
+        own = [a for a in function.args.args if a.arg in ("self", "cls")]
+        count = parameters(function) - len(own)
+        assert count <= 6, f"{function.name} has {count} parameters"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_every_module_is_named_after_one_concept_and_says_what_it_is(path):
+    assert not {"util", "utils", "helpers", "misc", "common"} & {path.stem}
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_only_the_backend_module_knows_a_tensor_library(path):
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").split(".")[0])
+    if path.stem != "backend":
+        assert imported.isdisjoint({"jax", "torch", "tensorflow"})
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_nothing_is_left_to_be_done(path):
+    text = path.read_text()
+    for word in ("TODO", "FIXME", "XXX"):
+        assert word not in text

@@ -1,0 +1,50 @@
+"""What importing the package may bring with it (design, rule 8)."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+BACKENDS = ("jax", "torch", "tensorflow")
+# Imported only by what needs them: a hub's handle, a reference, the command line.
+ON_DEMAND = ("kagglehub", "transformers", "keras_hub", "gguf", "typer", "peft")
+
+
+def modules_after(statements: str) -> set[str]:
+    """Top-level modules that a fresh process has imported after some statements."""
+    program = f"import json, sys\n{statements}\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    return {name.split(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
+def test_the_package_alone_imports_no_library_at_all():
+    loaded = modules_after("import gemma_keras")
+    assert loaded.isdisjoint({*BACKENDS, *ON_DEMAND, "keras", "numpy"})
+
+
+def test_the_command_line_imports_no_tensor_library():
+    loaded = modules_after("import gemma_keras.cli")
+    assert loaded.isdisjoint({*BACKENDS, "keras"})
+
+
+def test_no_public_name_imports_a_backend_that_keras_did_not():
+    everything = (
+        "import gemma_keras\n"
+        "for name in gemma_keras.__all__: getattr(gemma_keras, name)"
+    )
+    # Keras looks for other backends itself, so it is the measure.
+    added = modules_after(everything) - modules_after("import keras")
+    assert "gemma_keras" in added
+    assert added.isdisjoint(BACKENDS)
+    assert added.isdisjoint(ON_DEMAND)
+
+
+def test_public_names_are_listed_and_unknown_ones_refused():
+    import gemma_keras
+
+    assert set(gemma_keras.__all__) <= set(dir(gemma_keras))
+    with pytest.raises(AttributeError, match="has no attribute 'GemmaCausalML'"):
+        gemma_keras.GemmaCausalML  # noqa: B018
