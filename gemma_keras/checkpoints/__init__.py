@@ -11,7 +11,7 @@ from gemma_keras.checkpoints.checkpoint import Checkpoint, CheckpointError
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
 
-_FORMATS = ("gguf", "hugging_face")
+_FORMATS = ("keras_preset", "gguf", "hugging_face")
 
 
 def open_checkpoint(path, *, config=None, dtype=None):

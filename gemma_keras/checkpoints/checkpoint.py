@@ -120,6 +120,21 @@ def file_inside(directory, name, where):
     return path
 
 
+def load_tokenizer(*paths):
+    """The `GemmaTokenizer` of the first of these files that exists, or None."""
+    from gemma_keras.tokenizer import GemmaTokenizer
+
+    for path in paths:
+        if path.is_file():
+            try:
+                return GemmaTokenizer.from_file(path)
+            except (OSError, ValueError) as error:
+                text = str(error)
+                where = "" if str(path) in text else f"{path}: "
+                raise CheckpointError(f"{where}{text}") from error
+    return None
+
+
 def build_config(where, **fields):
     """A `GemmaConfig`, its errors told as the file's."""
     layers = fields.get("num_layers")

@@ -16,6 +16,7 @@ from gemma_keras.checkpoints.checkpoint import (
     check_shape,
     dominant_dtype,
     file_inside,
+    load_tokenizer,
     read_json,
     shortest_pattern,
     some,
@@ -289,12 +290,9 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def tokenizer(self):
         """The tokenizer from tokenizer.model, else from tokenizer.json, else None."""
-        from gemma_keras.tokenizer import GemmaTokenizer
-
-        for name in ("tokenizer.model", "tokenizer.json"):
-            if (self.directory / name).is_file():
-                return GemmaTokenizer.from_file(self.directory / name)
-        return None
+        return load_tokenizer(
+            self.directory / "tokenizer.model", self.directory / "tokenizer.json"
+        )
 
     def close(self):
         """Closes the shards; arrays keep their own mappings."""

@@ -1,0 +1,106 @@
+"""The float datasets of an HDF5 file, as views of the mapped file.
+
+h5py reads the structure, once, while the file is opened; the numbers are then mapped
+from where it says they lie. Links out of the file and compressed or virtual datasets,
+which Keras never writes, are refused: they are how a small file asks for much memory.
+"""
+
+import math
+
+import h5py
+import numpy as np
+
+from gemma_keras.checkpoints.checkpoint import CheckpointError
+from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES, MappedFile
+
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+
+class H5File:
+    """An HDF5 file whose structure has been read.
+
+    Attributes:
+        shapes: dataset name, such as `layers/rms_normalization/vars/0`, to its shape.
+    """
+
+    def __init__(self, path):
+        self._file = MappedFile(path)
+        self.path = self._file.path
+        self._entries = {}
+        try:
+            if self._file.read(0, 8) != _SIGNATURE:
+                raise CheckpointError(f"{self.path}: is not an HDF5 file.")
+            self._read_structure()
+        except CheckpointError:
+            self.close()
+            raise
+        self.shapes = {name: entry[1] for name, entry in self._entries.items()}
+
+    def _read_structure(self):
+        name = "its structure"
+
+        def visit(found, item):
+            nonlocal name
+            name = found
+            if isinstance(item, h5py.Dataset):
+                self._entries[found] = _entry(item)
+
+        try:
+            with h5py.File(self.path, "r") as file:
+                file.visititems(visit)
+        # A damaged file makes h5py raise whatever it stumbles over.
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.path}: {name} cannot be read ({error}); the file is damaged "
+                "or cut short."
+            ) from error
+
+    def check(self, name):
+        """Raises `CheckpointError` unless the dataset can be mapped."""
+        where = f"{self.path}: {name}"
+        dtype, shape, start, held = self._entries[name]
+        if dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{where}: is {dtype}; weights must be one of "
+                f"{', '.join(FLOAT_DTYPES)}. Is this a quantised model?"
+            )
+        count = math.prod(shape) * FLOAT_DTYPES[dtype].itemsize
+        if start is None:
+            raise CheckpointError(
+                f"{where}: is compressed, chunked or kept elsewhere; Keras writes "
+                "plain datasets. `h5repack -f NONE -l CONTI` makes one."
+            )
+        if held != count or start + count > self._file.size:
+            raise CheckpointError(
+                f"{where}: needs {count:,} bytes at byte {start:,}; the file of "
+                f"{self._file.size:,} holds {held:,}."
+            )
+
+    def float_dtype(self, name):
+        """Name of the dataset's dtype."""
+        return self._entries[name][0]
+
+    def tensor(self, name):
+        """The dataset as a view of the mapped file; `check` it first."""
+        dtype, shape, start, _ = self._entries[name]
+        return self._file.array(start, FLOAT_DTYPES[dtype], shape, name)
+
+    def close(self):
+        """Closes the file; arrays keep their own mappings."""
+        self._file.close()
+
+
+def _entry(dataset):
+    """(dtype name, shape, first byte or None, bytes held) of a dataset."""
+    dtype = dataset.dtype
+    name = dtype.name
+    # Keras stores bfloat16, which HDF5 does not know, as two opaque bytes.
+    if dtype == np.dtype("V2") and dataset.attrs.get("dtype") == "bfloat16":
+        name = "bfloat16"
+    elif dtype.newbyteorder("<") != dtype:
+        name = f"big-endian {name}"
+    start = None
+    plain = dataset.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
+    if plain and not dataset.external and not dataset.file.userblock_size:
+        start = dataset.id.get_offset()
+    return name, dataset.shape or (), start, dataset.id.get_storage_size()
