@@ -23,7 +23,8 @@ from typing import Annotated
 import typer
 
 import gemma_keras
-from gemma_keras.console import loading, message, say
+from gemma_keras import checkpoints, registry
+from gemma_keras.console import loading, message, say, size, table
 
 app = typer.Typer(
     help="Run Gemma on JAX, PyTorch or TensorFlow.",
@@ -71,15 +72,21 @@ def option(help, *names, **settings):
     return typer.Option(*names, help=help, show_default=False, **settings)
 
 
+BackendOption = Annotated[
+    Backend | None,
+    option(
+        "Backend of Keras; KERAS_BACKEND, or what is installed, by default.",
+        "--backend",
+    ),
+]
+
+
 @dataclasses.dataclass
 class Model:
     """The options that say which model runs, and how."""
 
     source: Source
-    backend: Annotated[
-        Backend | None,
-        option("Backend of Keras; KERAS_BACKEND, or what is installed, by default."),
-    ] = None
+    backend: BackendOption = None
     dtype: Annotated[
         Dtype, option("How to hold the weights; as they are stored by default.")
     ] = Dtype.AUTO
@@ -358,6 +365,101 @@ def read_line(prompt):
         print(prompt, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     return line.removesuffix("\n") if line else None
+
+
+@command("gemma-keras info gemma_2b_en\ngemma-keras info ./my_model --json")
+def info(source: Source, as_json: Json = False):
+    """Tell what a model is, without loading its weights."""
+    facts = describe(source)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table(["", ""], flatten(facts), header=False)
+
+
+def describe(source):
+    """What is known of a model, as JSON has it; fetches only what is no preset."""
+    known = {name: p for p in registry.presets().values() for name in p.sources}
+    known |= registry.presets()
+    known |= {alias: p for p in registry.presets().values() for alias in p.aliases}
+    preset = known.get(source)
+    facts = {"name": source}
+    if preset is not None:
+        facts = {"name": preset.name, "description": preset.description}
+        facts |= {"variant": preset.variant, "licence": preset.licence}
+        facts |= {"licence_url": preset.licence_url, "sources": list(preset.sources)}
+    if preset is None or preset.available:
+        with checkpoints.open_checkpoint(registry.resolve(source)) as checkpoint:
+            config, tokenizer = checkpoint.config, checkpoint.tokenizer()
+            facts["path"] = str(checkpoint.path)
+            facts |= {"format": checkpoint.format, "dtype": checkpoint.dtype}
+            facts["tokenizer"] = tokenizer and f"{tokenizer.vocab_size:,} pieces"
+    else:
+        config = preset.config
+    facts |= {"family": config.family, "parameters": config.num_parameters}
+    facts["memory_bytes"] = {
+        dtype: registry.memory_needed(config, dtype) for dtype in registry.DTYPE_BYTES
+    }
+    facts["config"] = dataclasses.asdict(config)
+    return facts
+
+
+def flatten(facts):
+    """Rows of a table for people from `describe`."""
+    rows = []
+    for key, value in facts.items():
+        name = key.replace("_", " ")
+        if key == "memory_bytes":
+            value = ", ".join(
+                f"{size(count)} in {dtype}" for dtype, count in value.items()
+            )
+            name = "memory"
+        elif isinstance(value, dict):
+            rows += [(inner, str(each)) for inner, each in value.items()]
+            continue
+        elif isinstance(value, list):
+            value = "\n".join(value) or "inside the package"
+        elif isinstance(value, int):
+            value = f"{value:,}"
+        rows.append((name, str(value)))
+    return rows
+
+
+@command("gemma-keras presets\ngemma-keras presets --json")
+def presets(as_json: Json = False):
+    """List the models that can be named, with the memory that each needs."""
+    if as_json:
+        names = list(registry.presets())
+        print(json.dumps([describe(name) for name in names], indent=2))
+        return
+    dtypes = ("float32", "bfloat16", "int8")
+    rows = []
+    for preset in registry.presets().values():
+        memory = [size(registry.memory_needed(preset.config, d)) for d in dtypes]
+        hubs = {"kaggle": "Kaggle", "hf": "Hugging Face"}
+        origin = [hubs[source.partition(":")[0]] for source in preset.sources]
+        parameters = f"{preset.config.num_parameters / 1e6:,.0f} M"
+        where = ", ".join(dict.fromkeys(origin)) or "the package"
+        rows.append((preset.name, preset.variant, parameters, *memory, where))
+    table(["Name", "Kind", "Parameters", *dtypes, "From"], rows)
+    say("Memory is that of the weights. `gemma-keras info NAME` tells more. Google's")
+    say("models are under the Gemma Terms of Use: https://ai.google.dev/gemma/terms")
+
+
+@command("gemma-keras demo\ngemma-keras demo --backend torch --save-to ./my_model")
+def demo(
+    backend: BackendOption = None,
+    save_to: Annotated[
+        pathlib.Path | None,
+        option("Keep the fine-tuned model in this directory."),
+    ] = None,
+):
+    """Ask a tiny Gemma, teach it with LoRA, ask it again: no network needed."""
+    choose_backend(backend)
+    from gemma_keras import demo as show
+
+    if not show.run(save_to):
+        raise typer.Exit(1)
 
 
 def main():

@@ -71,11 +71,29 @@ def loading(source):
     with bars(*columns) as display:
         task = display.add_task(f"Loading {source}", total=None)
 
-        def progress(done, total):
+        def show(done, total):
             nonlocal loaded
             loaded = done
             display.update(task, completed=done, total=total)
 
-        yield progress
+        yield show
     seconds = time.monotonic() - started
     say(f"Loaded {source}: {size(loaded)} in {seconds:.1f} s")
+
+
+def table(columns, rows, header=True):
+    """Prints a table to stdout, as wide as the terminal, or as it needs in a file."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    shown = Table(box=box.SIMPLE_HEAD if header else None, show_header=header)
+    for number, column in enumerate(columns):
+        numbers = header and all(row[number][:1].isdigit() for row in rows)
+        shown.add_column(
+            column, justify="right" if numbers else "left", overflow="fold"
+        )
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown, markup=False, highlight=False)

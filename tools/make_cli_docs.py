@@ -16,8 +16,8 @@ INTRODUCTION = """\
 # The command `gemma-keras`
 
 Answers go to stdout, everything else to stderr. The exit status is 0 if the work is
-done, 1 if it failed (one message on stderr says why; `--debug` adds the traceback), 2 if
-the command line is wrong, and 130 after Ctrl-C.
+done, 1 if it failed (one message on stderr says why; `--debug` shows the traceback
+instead), 2 if the command line is wrong, and 130 after Ctrl-C.
 
 This page is made by `python tools/make_cli_docs.py` from the help texts.
 """

@@ -41,6 +41,30 @@ def test_every_module_is_named_after_one_concept_and_says_what_it_is(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
+# What these do is told by Keras, or by the class that they build.
+OVERRIDES = {
+    *("build", "call", "quantized_call", "get_config", "from_config"),
+    *("get_compile_config", "compile_from_config"),
+    *("save_own_variables", "load_own_variables"),
+    *("on_train_begin", "on_train_batch_end", "on_train_end", "on_epoch_end"),
+    "num_batches",
+}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_public_methods_say_what_they_do(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
+            continue
+        for method in node.body:
+            if not isinstance(method, ast.FunctionDef) or method.name in OVERRIDES:
+                continue
+            setter = any(isinstance(d, ast.Attribute) for d in method.decorator_list)
+            if method.name.startswith("_") or setter:
+                continue
+            assert ast.get_docstring(method), f"{node.name}.{method.name}"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_only_the_backend_module_knows_a_tensor_library(path):
     imported = set()

@@ -14,12 +14,15 @@ ROUNDS = 7
 EVERY_NAME = (
     "import gemma_keras; [getattr(gemma_keras, n) for n in gemma_keras.__all__]"
 )
+HELP = (
+    "import sys, gemma_keras.cli\nsys.argv[1:] = ['--help']\n"
+    "try: gemma_keras.cli.main()\nexcept SystemExit: pass"
+)
 KINDS = {
     "import keras": "import keras",
     "import gemma_keras": "import gemma_keras",
     "every public name": EVERY_NAME,
-    "gemma-keras --help": "import sys, gemma_keras.cli as c; sys.argv[1:] = ['--help']\n"
-    "try: c.main()\nexcept SystemExit: pass",
+    "gemma-keras --help": HELP,
 }
 
 

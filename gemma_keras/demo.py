@@ -1,0 +1,143 @@
+"""The demo: a tiny Gemma is asked, taught with LoRA, and asked again.
+
+Model and lessons come with the package; nothing is fetched.
+"""
+
+import json
+import pathlib
+import tempfile
+import time
+
+import keras
+from rich import progress
+
+from gemma_keras import registry
+from gemma_keras.causal_lm import GemmaCausalLM
+from gemma_keras.console import bars, loading, say
+
+PRESET = "gemma_tiny_instruct_en"
+LESSONS = "demo/lessons.jsonl"
+RANK = 8
+TARGETS = ("query", "value", "ffw_gating", "ffw_gating_2", "ffw_linear")
+LEARNING_RATE = 5e-3
+EPOCHS = 12
+BATCH_SIZE = 8
+
+
+class TrainingProgress(keras.callbacks.Callback):
+    """Shows a bar with loss and tokens a second; a line for the whole remains.
+
+    Args:
+        tokens: how many tokens an epoch has, padding not counted.
+    """
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens = tokens
+
+    def on_train_begin(self, logs=None):
+        columns = (
+            progress.TextColumn("Training"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.TimeElapsedColumn(),
+        )
+        self.steps = 0
+        self.first_loss = self.started = self.rate = None
+        self.display = bars(*columns)
+        self.display.start()
+        total = self.params["steps"] * self.params["epochs"]
+        self.task = self.display.add_task("starting", total=total)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.steps += 1
+        if self.started is None:
+            # The first step compiles, so that the clock starts after it.
+            self.first_loss, self.started = logs["loss"], time.monotonic()
+            return
+        each = self.tokens / self.params["steps"]
+        self.rate = each * (self.steps - 1) / (time.monotonic() - self.started)
+        text = f"loss {logs['loss']:.3f}, {self.rate:,.0f} tokens/s"
+        self.display.update(self.task, completed=self.steps, description=text)
+
+    def on_train_end(self, logs=None):
+        self.display.stop()
+        line = f"{self.steps} steps: loss {self.first_loss:.3f} to {logs['loss']:.3f}"
+        say(line if self.rate is None else f"{line}, {self.rate:,.0f} tokens/s")
+
+
+def read_lessons(path):
+    """Chats of one question and one answer each, and the pair that is asked about."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    chats = [
+        [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["response"]},
+        ]
+        for row in rows
+    ]
+    return chats, (rows[0]["prompt"], rows[0]["response"])
+
+
+def load(source):
+    """The model of a preset, with progress on stderr."""
+    with loading(source) as show:
+        return GemmaCausalLM.from_preset(source, progress=show)
+
+
+def ask(lm, question):
+    """Prints a question and the answer; returns the answer."""
+    print(f"  You:   {question}", flush=True)
+    answer = lm.start_chat().send(question, max_new_tokens=64).strip()
+    print(f"  Gemma: {answer}", flush=True)
+    return answer
+
+
+def teach(lm, chats):
+    """Fine-tunes low-rank updates of the projections on the chats."""
+    lm.backbone.enable_lora(RANK, target_layer_names=TARGETS)
+    trained = sum(v.numpy().size for v in lm.trainable_variables)
+    print(f"Teaching it {len(chats)} lessons with LoRA of rank {RANK}:")
+    print(f"{trained:,} of {lm.count_params():,} parameters are trained.")
+    lm.preprocessor.sequence_length = 64
+    x, _, _ = lm.preprocessor(chats)
+    lm.compile(optimizer=keras.optimizers.Adam(LEARNING_RATE))
+    lm.fit(
+        chats,
+        epochs=EPOCHS,
+        batch_size=BATCH_SIZE,
+        verbose=0,
+        callbacks=[TrainingProgress(int(x["padding_mask"].sum()))],
+    )
+
+
+def run(save_to=None):
+    """Runs the demo; returns whether the model has learned and kept it.
+
+    Args:
+        save_to: directory for the fine-tuned model; a temporary one by default.
+    """
+    keras.utils.set_random_seed(1)
+    started = time.monotonic()
+    folder = registry.locate()
+    chats, (question, expected) = read_lessons(folder / LESSONS)
+    print(f"Keras {keras.__version__} on {keras.backend.backend()}. The model knows")
+    print("nothing of this yet:")
+    lm = load(PRESET)
+    before = ask(lm, question)
+    teach(lm, chats)
+    print("Now it has been taught:")
+    after = ask(lm, question)
+    with tempfile.TemporaryDirectory(prefix="gemma-keras-demo-") as scratch:
+        target = pathlib.Path(save_to or scratch)
+        lm.save_to_preset(target)
+        print(f"Saved{f' to {save_to}' if save_to else ''}, and loaded again:")
+        again = ask(load(str(target)), question)
+    learned = before != expected and after == expected and again == expected
+    seconds = time.monotonic() - started
+    if learned:
+        print(f"Learned, saved and loaded in {seconds:.0f} s.")
+    else:
+        say(f"This did not go as it should: the answer to be learned is {expected!r}.")
+    return learned
