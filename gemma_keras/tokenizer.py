@@ -373,6 +373,8 @@ def _load(proto: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
     try:
         vocabulary.check_proto(proto)
         processor.LoadFromSerializedProto(proto)
+        # Raises for a piece that is not UTF-8, which would else fail in mid-sentence.
+        processor.id_to_piece(list(range(processor.vocab_size())))
     except (ValueError, RuntimeError) as error:
         raise ValueError(_bad_proto(proto, where)) from error
     return processor

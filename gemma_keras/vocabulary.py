@@ -88,7 +88,7 @@ def proto_from_tokenizer_json(document: dict) -> bytes:
     """
     model = _checked_model(document)
     vocab = dict(model["vocab"])
-    added = [token["content"] for token in document.get("added_tokens", [])]
+    added = {token["content"] for token in document.get("added_tokens", [])}
     for token in document.get("added_tokens", []):
         if token["content"] != _IMAGE_SOFT_TOKEN:
             vocab.setdefault(token["content"], token["id"])
@@ -99,19 +99,22 @@ def proto_from_tokenizer_json(document: dict) -> bytes:
             "once."
         )
     pieces = [by_id[index] for index in range(len(vocab))]
-    ranks = _merge_ranks(model["merges"])
     first_byte, last_char = _normal_range(pieces)
-    added = set(added)
-    scores, types = [], []
+    types = []
     for index, piece in enumerate(pieces):
         if _BYTE_PIECE.fullmatch(piece):
-            kind = BYTE
+            types.append(BYTE)
         else:
-            inside = first_byte <= index <= last_char
-            kind = NORMAL if inside and piece not in added else USER_DEFINED
-        types.append(kind)
-        # Single characters are never merged, so that their scores decide nothing.
-        scores.append(-float(ranks.get(piece, len(ranks) + index)))
+            normal = first_byte <= index <= last_char and piece not in added
+            types.append(NORMAL if normal else USER_DEFINED)
+    normals = {
+        piece for piece, kind in zip(pieces, types, strict=True) if kind == NORMAL
+    }
+    ranks = _merge_ranks(model["merges"], normals)
+    # Single characters are never merged: their scores decide nothing.
+    scores = [
+        -float(ranks.get(piece, len(ranks) + i)) for i, piece in enumerate(pieces)
+    ]
     return build_proto(pieces, scores, types)
 
 
@@ -268,14 +271,20 @@ def _checked_model(document: dict) -> dict:
     return model
 
 
-def _merge_ranks(merges: Sequence[str | Sequence[str]]) -> dict[str, int]:
-    """Numbers pieces by the first merge that makes them: SentencePiece's order."""
+def _merge_ranks(
+    merges: Sequence[str | Sequence[str]], normals: set[str]
+) -> dict[str, int]:
+    """Numbers normal pieces by the first merge that makes them: SentencePiece's order.
+
+    Merges that make user-defined pieces are passed over. SentencePiece finds those
+    pieces before it merges anything.
+    """
     ranks: dict[str, int] = {}
     last = None
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         piece = left + right
-        if piece == last:
+        if piece == last or piece not in normals:
             continue
         if piece in ranks:
             raise ValueError(
