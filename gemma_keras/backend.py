@@ -23,6 +23,41 @@ else:
     )
 
 
+def tensor_from_array(array, dtype):
+    """A tensor of a numpy array, in `dtype`, copied as little as the backend allows.
+
+    A transposed view is transposed on the device, which is many times faster than in
+    numpy. On torch and a CPU the tensor shares the array's memory.
+    """
+    transposed = array.ndim == 2 and not array.flags.c_contiguous
+    source = array.T if transposed else array
+    if NAME == "torch":
+        if source.dtype.name == "bfloat16":
+            tensor = torch.from_numpy(source.view("uint16")).view(torch.bfloat16)
+        else:
+            tensor = torch.from_numpy(source)
+        tensor = tensor.T if transposed else tensor
+        return tensor.to(torch_device(), dtype=getattr(torch, dtype))
+    if NAME == "jax":
+        tensor = jnp.asarray(source)
+        tensor = tensor.T if transposed else tensor
+        return tensor.astype(dtype)
+    tensor = tf.convert_to_tensor(source)
+    tensor = tf.transpose(tensor) if transposed else tensor
+    return tf.cast(tensor, dtype)
+
+
+def all_finite(tensor):
+    """Whether no element is NaN or infinite."""
+    if NAME == "torch":
+        # One fast pass; a finite sum has finite terms, another sum needs a look.
+        total = torch.sum(tensor, dtype=torch.float32)
+        return bool(torch.isfinite(total) or torch.isfinite(tensor).all())
+    if NAME == "jax":
+        return bool(jnp.isfinite(tensor).all())
+    return bool(tf.reduce_all(tf.math.is_finite(tensor)))
+
+
 def write_slots(buffer, new, start, axis):
     """`buffer` with `new` at `start` along `axis`: in place wherever that is possible.
 

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from gemma_keras import data, samplers
+from gemma_keras import data, generation, loading, samplers, text_generation
 from gemma_keras.backbone import GemmaBackbone
 
 
@@ -32,8 +32,73 @@ class GemmaCausalLM(keras.Model):
         self.backbone = backbone
         self.preprocessor = preprocessor
         self.logits_dtype = logits_dtype
+        self._engine = generation.Engine(backbone)
         self.built = True
         self.compile()
+
+    @classmethod
+    def from_preset(
+        cls,
+        source,
+        dtype="auto",
+        *,
+        load_weights=True,
+        logits_dtype="float32",
+        progress=None,
+        **preprocessor_settings,
+    ):
+        """Load a model with its tokenizer.
+
+        Args:
+            source: a preset's name such as `"gemma_2b_en"` (`gemma-keras presets` lists
+                them); a directory, Hugging Face's or KerasHub's; a `.gguf` file; or
+                `"kaggle://..."` or `"hf://..."`.
+            dtype: a Keras dtype or policy, such as `"float32"` or `"mixed_bfloat16"`;
+                `"auto"` keeps the checkpoint's.
+            load_weights: false gives random weights of the same shapes.
+            logits_dtype: as in the constructor.
+            progress: called as `progress(done_bytes, total_bytes)` while weights load.
+            **preprocessor_settings: arguments of `GemmaCausalLMPreprocessor`, such as
+                `sequence_length`.
+
+        Raises:
+            ValueError: there is no such preset, or what is there is not a Gemma that
+                can be read; `CheckpointError` if a file is damaged.
+        """
+        with loading.open_source(source, dtype) as checkpoint:
+            # The small things first: a bad tokenizer is told before gigabytes move.
+            preprocessor = loading.load_preprocessor(
+                checkpoint, **preprocessor_settings
+            )
+            if load_weights:
+                backbone = loading.load_backbone(checkpoint, dtype, progress)
+            else:
+                policy = checkpoint.dtype if dtype == "auto" else dtype
+                backbone = GemmaBackbone(checkpoint.config, dtype=policy)
+        return cls(backbone, preprocessor, logits_dtype=logits_dtype)
+
+    def save_to_preset(self, directory, *, overwrite=False, max_shard_size=10):
+        """Write a directory that `from_preset`, ours and KerasHub's, loads again.
+
+        Low-rank updates are merged into the kernels that are written.
+
+        Args:
+            directory: where to; it appears when it is complete.
+            overwrite: replace a directory that is there.
+            max_shard_size: largest weights file in GB; more makes shards.
+        """
+        # Here, since h5py costs every start and few runs write.
+        from gemma_keras.checkpoints import keras_preset
+
+        keras_preset.save(
+            directory,
+            config=self.config,
+            dtype=self.backbone.variable_dtype,
+            tensor=loading.weight_reader(self.backbone),
+            preprocessor=self.preprocessor,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+        )
 
     @property
     def config(self):
@@ -85,7 +150,9 @@ class GemmaCausalLM(keras.Model):
         if self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
 
-    def fit(self, x=None, y=None, *, sample_weight=None, validation_data=None, **kwargs):
+    def fit(
+        self, x=None, y=None, *, sample_weight=None, validation_data=None, **kwargs
+    ):
         """Train, as `keras.Model.fit`.
 
         Args:
@@ -120,6 +187,196 @@ class GemmaCausalLM(keras.Model):
         """Logits, as `keras.Model.predict`; inputs as in `fit`."""
         x, _, _ = data.prepare(x, None, None, self.preprocessor)
         return super().predict(x, **kwargs)
+
+    def generate(
+        self,
+        inputs,
+        max_length=None,
+        *,
+        max_new_tokens=None,
+        stop=None,
+        stop_token_ids="auto",
+        strip_prompt=False,
+        sampler=None,
+        seed=None,
+        return_log_probs=False,
+    ):
+        """Continue prompts.
+
+        Args:
+            inputs: a string, or a chat (a list of messages), or a list of either; or,
+                as KerasHub's, a dict of `token_ids` and `padding_mask` [B, T]; or a
+                dataset of batches of these.
+            max_length: most tokens of prompt and answer together; the preprocessor's
+                `sequence_length` if neither this nor `max_new_tokens` is given.
+            max_new_tokens: most tokens of the answer.
+            stop: a string, or several, before which the answer ends.
+            stop_token_ids: ids that end the answer; `"auto"` is `<eos>` and
+                `<end_of_turn>`.
+            strip_prompt: return the answer without the prompt.
+            sampler: a name or a `Sampler`, in place of the one given to `compile`.
+            seed: makes random choices repeatable on a backend.
+            return_log_probs: return `Generation` objects, which hold the ids and
+                log-probabilities of the new tokens too.
+
+        Returns:
+            The text of prompt and answer for a string, the reply for a chat, a list
+            for a list; a dict of `token_ids` and `padding_mask` for a dict.
+
+        Raises:
+            ValueError: an argument is out of its range, or a prompt is too long.
+        """
+        settings = self._settings(
+            sampler=sampler,
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            seed=seed,
+        )
+        if isinstance(inputs, dict) and "token_ids" in inputs:
+            return self._generate_from_ids(inputs, settings, strip_prompt)
+        if data.is_dataset(inputs):
+            results = []
+            for batch in inputs:
+                x = batch[0] if isinstance(batch, tuple) else batch
+                results += self._generate_texts(x, settings, strip_prompt)[0]
+            single = False
+        else:
+            results, single = self._generate_texts(inputs, settings, strip_prompt)
+        if not return_log_probs:
+            results = [result.text for result in results]
+        return results[0] if single else results
+
+    def _settings(self, **options):
+        names = "sampler max_length max_new_tokens stop stop_token_ids seed".split()
+        unknown = sorted(set(options) - set(names))
+        if unknown:
+            raise TypeError(
+                f"Unknown option {', '.join(unknown)}; known are {', '.join(names)}."
+            )
+        options.setdefault("stop_token_ids", "auto")
+        return text_generation.read_settings(
+            self, **{name: options.get(name) for name in names}
+        )
+
+    def _generator(self):
+        if self.preprocessor is None:
+            raise ValueError(
+                "This model has no preprocessor, so it takes no text: pass "
+                '{"token_ids": ..., "padding_mask": ...}.'
+            )
+        return text_generation.TextGenerator(self._engine, self.preprocessor)
+
+    def _generate_texts(self, inputs, settings, strip_prompt):
+        generator = self._generator()
+        prompts, single = data.read_prompts(inputs)
+        return generator.generate(prompts, settings, strip_prompt), single
+
+    def _generate_from_ids(self, inputs, settings, strip_prompt):
+        ids, mask = data.read_token_arrays(inputs)
+        prompts = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+        if any(not prompt for prompt in prompts):
+            raise ValueError("Each row of padding_mask must keep at least one token.")
+        longest = settings.longest_prompt
+        if longest is not None and max(map(len, prompts)) > longest:
+            raise ValueError(
+                f"The longest prompt has {max(map(len, prompts))} tokens and at most "
+                f"{longest} leave room for an answer: raise max_length."
+            )
+        answers = text_generation.generate_ids(self._engine, prompts, settings)
+        kept = [
+            new if strip_prompt else [*prompt, *new]
+            for prompt, (new, _) in zip(prompts, answers, strict=True)
+        ]
+        return data.pad_rows(kept, settings.max_length)
+
+    def stream(self, prompt, **options):
+        """Yield the answer to one prompt, a string or a chat, as it is made.
+
+        Args:
+            prompt: a string, or a list of messages.
+            **options: `max_length`, `max_new_tokens`, `stop`, `stop_token_ids`,
+                `sampler` and `seed`, as in `generate`.
+
+        Returns:
+            An iterator of pieces of text; together they are the answer.
+        """
+        return self._generator().stream(prompt, self._settings(**options))
+
+    def start_chat(self, system=None, **options):
+        """Begin a conversation.
+
+        Args:
+            system: instructions, put before the user's first message.
+            **options: as in `stream`, for every turn that does not set its own. With
+                neither `max_length` nor `max_new_tokens`, a reply may fill what the
+                model was trained for.
+
+        Returns:
+            A `ChatSession`: `send(message)` gives the reply, `stream(message)` gives
+            it in pieces, `history` holds the messages.
+        """
+
+        def settings(**turn):
+            merged = {**options, **turn}
+            if not {"max_length", "max_new_tokens"} & set(merged):
+                merged["max_length"] = self.config.max_position
+            return self._settings(**merged)
+
+        settings()
+        return text_generation.ChatSession(self._generator(), settings, system)
+
+    def score(
+        self,
+        token_ids,
+        padding_mask=None,
+        scoring_mode="logits",
+        layer_intercept_fn=None,
+        target_ids=None,
+    ):
+        """What the model thinks of given tokens, in float32.
+
+        Args:
+            token_ids: integers [B, T].
+            padding_mask: [B, T], true where there is a token; all of them if None.
+            scoring_mode: `"logits"` [B, T, V]; `"log_probs"`, the natural logarithm of
+                the probability of `target_ids` at each position [B, T]; or `"loss"`,
+                its negative. Positions without a target that counts are 0.
+            layer_intercept_fn: `fn(x, i)` that may look at and replace the token
+                embeddings (i = -1, not yet scaled) and each block's output.
+            target_ids: integers [B, T]. By default position t is scored on token
+                t + 1 of `token_ids`, and the last position on nothing.
+
+        Returns:
+            A tensor of the backend.
+        """
+        modes = ("logits", "log_probs", "loss")
+        if scoring_mode not in modes:
+            raise ValueError(
+                f"scoring_mode must be one of {', '.join(modes)}, got {scoring_mode!r}."
+            )
+        token_ids = ops.convert_to_tensor(token_ids, dtype="int32")
+        if len(token_ids.shape) != 2:
+            raise ValueError(
+                f"token_ids must have the shape [B, T], got {tuple(token_ids.shape)}."
+            )
+        inputs = {"token_ids": token_ids}
+        if padding_mask is not None:
+            inputs["padding_mask"] = ops.convert_to_tensor(padding_mask, dtype="bool")
+        logits = self._engine.logits(inputs, layer_intercept_fn)
+        if scoring_mode == "logits":
+            return logits
+        counted = inputs.get("padding_mask", ops.ones_like(token_ids, dtype="bool"))
+        if target_ids is None:
+            target_ids = ops.pad(token_ids[:, 1:], [[0, 0], [0, 1]])
+            following = ops.pad(ops.cast(counted, "int32")[:, 1:], [[0, 0], [0, 1]])
+            counted = ops.logical_and(counted, following > 0)
+        target_ids = ops.convert_to_tensor(target_ids, dtype="int32")
+        chosen = ops.take_along_axis(logits, target_ids[..., None], axis=-1)[..., 0]
+        log_probs = chosen - ops.logsumexp(logits, axis=-1)
+        log_probs = ops.where(counted, log_probs, 0.0)
+        return log_probs if scoring_mode == "log_probs" else -log_probs
 
     def get_config(self):
         return {

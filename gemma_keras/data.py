@@ -1,4 +1,4 @@
-"""What `fit()` and its kin take: text, pairs and chats become arrays on the way in."""
+"""What `fit()` and `generate()` take: text, pairs and chats, sorted and made arrays."""
 
 import keras
 import numpy as np
@@ -14,23 +14,9 @@ def is_raw(x):
         # Arrays and tensors of text: numpy's object, str and bytes, TensorFlow's string.
         return getattr(x.dtype, "kind", "") in "OSU" or x.dtype == "string"
     if isinstance(x, list | tuple) and x:
-        return isinstance(x[0], str | bytes | dict | list)
+        chats = isinstance(x[0], list | tuple) and x[0] and isinstance(x[0][0], dict)
+        return isinstance(x[0], str | bytes | dict) or bool(chats)
     return False
-
-
-def to_python(x):
-    """Text in tensors or arrays as Python strings; everything else as it is."""
-    if isinstance(x, dict):
-        return {key: to_python(value) for key, value in x.items()}
-    if hasattr(x, "numpy"):
-        x = x.numpy()
-    if isinstance(x, np.ndarray):
-        x = x.tolist()
-    if isinstance(x, bytes):
-        return x.decode("utf-8")
-    if isinstance(x, list | tuple):
-        return [to_python(item) for item in x]
-    return x
 
 
 def is_dataset(x):
@@ -88,7 +74,7 @@ def _size(dataset):
 def prepare_batch(batch, preprocessor):
     """One batch of a dataset as `(x, y, sample_weight)` if it is raw, else itself."""
     x = batch[0] if isinstance(batch, tuple) and len(batch) == 1 else batch
-    return preprocessor(to_python(x)) if is_raw(x) else batch
+    return preprocessor(x) if is_raw(x) else batch
 
 
 def prepare(x, y, sample_weight, preprocessor):
@@ -104,4 +90,50 @@ def prepare(x, y, sample_weight, preprocessor):
             "Targets come from the text itself: pass raw text as x alone, or token "
             "ids as x with y and sample_weight."
         )
-    return preprocessor(to_python([x] if isinstance(x, str | bytes) else x))
+    return preprocessor([x] if isinstance(x, str | bytes) else x)
+
+
+def read_prompts(inputs):
+    """`(prompts, single)`: a list of strings or chats, and whether one was given."""
+    if isinstance(inputs, dict) and "prompts" in inputs:
+        inputs = inputs["prompts"]
+    if hasattr(inputs, "numpy"):
+        inputs = inputs.numpy()
+    if isinstance(inputs, np.ndarray):
+        inputs = inputs.tolist()
+    if isinstance(inputs, str | bytes):
+        return [inputs], True
+    if not isinstance(inputs, list | tuple) or not inputs:
+        raise ValueError(
+            "generate takes a string, a chat (a list of messages with role and "
+            f"content), or a list of either that is not empty; got {inputs!r:.80}."
+        )
+    if isinstance(inputs[0], dict):
+        return [inputs], True
+    return list(inputs), False
+
+
+def read_token_arrays(inputs):
+    """`token_ids` and `padding_mask` of a dict as numpy, int32 and bool [B, T]."""
+    ids = keras.ops.convert_to_numpy(inputs["token_ids"]).astype("int32")
+    mask = inputs.get("padding_mask")
+    if mask is None:
+        mask = np.ones(ids.shape, bool)
+    mask = keras.ops.convert_to_numpy(mask).astype(bool)
+    if ids.ndim != 2 or mask.shape != ids.shape:
+        raise ValueError(
+            "token_ids and padding_mask must both have the shape [B, T], got "
+            f"{ids.shape} and {mask.shape}."
+        )
+    return ids, mask
+
+
+def pad_rows(rows, length=None):
+    """Token ids as `{"token_ids", "padding_mask"}` [B, length], padded on the right."""
+    length = max(map(len, rows)) if length is None else length
+    ids = np.zeros((len(rows), length), "int32")
+    mask = np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    return {"token_ids": ids, "padding_mask": mask}

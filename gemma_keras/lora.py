@@ -52,7 +52,10 @@ class Projection(keras.layers.Dense):
             dtype="float32",
         )
         self.lora_b = self.add_weight(
-            name="lora_b", shape=(rank, self.units), initializer="zeros", dtype="float32"
+            name="lora_b",
+            shape=(rank, self.units),
+            initializer="zeros",
+            dtype="float32",
         )
         self._tracker.lock()
 

@@ -1,0 +1,101 @@
+"""From a preset's name or a checkpoint on disk to a model, one tensor at a time."""
+
+import math
+
+import keras
+
+from gemma_keras import backend, registry
+from gemma_keras.backbone import GemmaBackbone
+from gemma_keras.checkpoints import CheckpointError, open_checkpoint
+from gemma_keras.lora import projections
+from gemma_keras.preprocessor import GemmaCausalLMPreprocessor
+
+
+def open_source(source, dtype="auto"):
+    """The open `Checkpoint` behind a preset's name, a path or a hub's handle."""
+    quantised_to = None if dtype == "auto" else _variable_dtype(dtype)
+    return open_checkpoint(registry.resolve(source), dtype=quantised_to)
+
+
+def load_tokenizer(source):
+    """The `GemmaTokenizer` of a preset, path or handle; None if it has none."""
+    with open_source(source) as checkpoint:
+        return checkpoint.tokenizer()
+
+
+def load_preprocessor(checkpoint, **settings):
+    """The checkpoint's `GemmaCausalLMPreprocessor`; None if it has no tokenizer."""
+    tokenizer = checkpoint.tokenizer()
+    if tokenizer is None:
+        return None
+    settings = {**checkpoint.preprocessor_config(), **settings}
+    return GemmaCausalLMPreprocessor(tokenizer, **settings)
+
+
+def _variable_dtype(dtype):
+    policy = keras.dtype_policies.get(dtype)
+    return keras.backend.standardize_dtype(policy.variable_dtype)
+
+
+def load_backbone(checkpoint, dtype="auto", progress=None):
+    """A `GemmaBackbone` whose variables are made of the checkpoint's tensors.
+
+    No weight is first filled with something else, so that memory peaks at the model
+    plus one tensor.
+
+    Args:
+        checkpoint: an open `Checkpoint`.
+        dtype: a Keras dtype or policy; `"auto"` is the dtype of the checkpoint.
+        progress: called as `progress(done_bytes, total_bytes)` after each tensor.
+
+    Raises:
+        CheckpointError: a tensor cannot be read, or holds NaN or infinity.
+    """
+    config = checkpoint.config
+    policy = keras.dtype_policies.get(checkpoint.dtype if dtype == "auto" else dtype)
+    width = 4 if _variable_dtype(policy) == "float32" else 2
+    total = width * config.num_parameters
+    done = 0
+
+    def init(path):
+        def read(shape, dtype=None):
+            nonlocal done
+            array = checkpoint.tensor(path)
+            if tuple(array.shape) != tuple(shape):
+                raise CheckpointError(
+                    f"{checkpoint.sources(path)}: has shape {list(array.shape)}, but "
+                    f"the model asks for {list(shape)}."
+                )
+            tensor = backend.tensor_from_array(array, dtype)
+            if not backend.all_finite(tensor):
+                raise CheckpointError(
+                    f"{checkpoint.sources(path)}: holds NaN or infinite numbers"
+                    f"{_after_cast(array, dtype)}. The file is damaged, or was saved "
+                    "from a training run that had diverged."
+                )
+            done += width * math.prod(shape)
+            if progress is not None:
+                progress(done, total)
+            return tensor
+
+        return read
+
+    return GemmaBackbone(config, dtype=policy, init=init)
+
+
+def _after_cast(array, dtype):
+    stored = str(array.dtype)
+    return "" if stored == dtype else f" once {stored} is cast to {dtype}"
+
+
+def weight_reader(backbone):
+    """A function from the path of a weight to its numpy array, updates merged in."""
+    kernels = {f"{layer.path}/kernel": layer for layer in projections(backbone)}
+    variables = {variable.path: variable for variable in backbone.variables}
+
+    def read(path):
+        layer = kernels.get(path)
+        value = variables[path].value if layer is None else layer.merged_kernel()
+        return keras.ops.convert_to_numpy(value)
+
+    return read
