@@ -10,13 +10,19 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "GemmaBackbone": "backbone",
+    "GemmaCausalLM": "causal_lm",
+    "GemmaCausalLMPreprocessor": "preprocessor",
     "GemmaConfig": "config",
+    "GemmaTokenizer": "tokenizer",
 }
+_NAMESPACES = ("models", "samplers")
 
-__all__ = [*_MODULES, "__version__"]
+__all__ = [*_MODULES, *_NAMESPACES, "__version__"]
 
 
 def __getattr__(name):
+    if name in _NAMESPACES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
