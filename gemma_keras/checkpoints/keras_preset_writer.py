@@ -6,7 +6,6 @@ Tensor by tensor, beside the place where it is to be, and renamed when complete.
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import math
 import re
@@ -16,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import h5py
+import keras
 import numpy as np
 
 from gemma_keras.checkpoints import keras_layout
@@ -135,7 +135,7 @@ def _check_space(directory, needed):
 
 @contextlib.contextmanager
 def _replacing(directory):
-    """An empty directory that takes the place of `directory` unless there is an error."""
+    """An empty directory, which takes the place of `directory` if all goes well."""
     tag = uuid.uuid4().hex[:8]
     partial = directory.with_name(f".{directory.name}.{tag}.partial")
     partial.mkdir(parents=True)
@@ -209,7 +209,7 @@ def _write_configs(folder, config, dtype, tokenizer, preprocessor_config):
     backbone = _backbone(config, dtype)
     _write_json(folder / CONFIG, backbone)
     metadata = {
-        "keras_version": importlib.metadata.version("keras"),
+        "keras_version": keras.__version__,
         "keras_hub_version": KERAS_HUB_VERSION,
         "parameter_count": config.num_parameters,
         "date_saved": datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S"),

@@ -1,6 +1,6 @@
 """One safetensors file: an eight-byte length, a JSON header, then the tensors' bytes.
 
-Parsed here because the library's NumPy reader copies, and refuses bfloat16. The
+Parsed here because the library's NumPy reader copies every tensor. The
 checks are those of the library: the header is bounded and its tensors tile the data
 exactly, without overlap, gap or remainder.
 """
