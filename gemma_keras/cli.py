@@ -455,6 +455,8 @@ def demo(
     ] = None,
 ):
     """Ask a tiny Gemma, teach it with LoRA, ask it again: no network needed."""
+    if save_to and save_to.exists():
+        raise typer.BadParameter(f"--save-to: {save_to} exists; name a new directory.")
     choose_backend(backend)
     from gemma_keras import demo as show
 

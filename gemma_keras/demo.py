@@ -5,6 +5,7 @@ Model and lessons come with the package; nothing is fetched.
 
 import json
 import pathlib
+import random
 import tempfile
 import time
 
@@ -107,6 +108,7 @@ def teach(lm, chats):
         chats,
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
+        shuffle=False,
         verbose=0,
         callbacks=[TrainingProgress(int(x["padding_mask"].sum()))],
     )
@@ -118,7 +120,8 @@ def run(save_to=None):
     Args:
         save_to: directory for the fine-tuned model; a temporary one by default.
     """
-    keras.utils.set_random_seed(1)
+    # keras.utils.set_random_seed would import every backend that is installed.
+    random.seed(1)
     started = time.monotonic()
     folder = registry.locate()
     chats, (question, expected) = read_lessons(folder / LESSONS)
@@ -130,7 +133,7 @@ def run(save_to=None):
     print("Now it has been taught:")
     after = ask(lm, question)
     with tempfile.TemporaryDirectory(prefix="gemma-keras-demo-") as scratch:
-        target = pathlib.Path(save_to or scratch)
+        target = pathlib.Path(save_to or f"{scratch}/model")
         lm.save_to_preset(target)
         print(f"Saved{f' to {save_to}' if save_to else ''}, and loaded again:")
         again = ask(load(str(target)), question)

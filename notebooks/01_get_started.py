@@ -153,7 +153,7 @@ print(gemma_lm.generate(new_question, max_new_tokens=64))
 # KerasHub loads it too.
 
 # %%
-gemma_lm.save_to_preset("./my_gemma")
+gemma_lm.save_to_preset("./my_gemma", overwrite=True)
 again = gemma_keras.models.GemmaCausalLM.from_preset("./my_gemma")
 
 print(again.generate(new_question, max_new_tokens=64))

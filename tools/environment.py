@@ -67,6 +67,8 @@ def ensure(folder: pathlib.Path, requirements: list[str], bare=()) -> str:
     pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
     install = [*pip, "install", "--quiet", "--constraint", str(CONSTRAINTS)]
     _run([*install, "pip"])
+    # What builds the package is pinned too; only the pip just installed knows how.
+    install += ["--build-constraint", str(CONSTRAINTS)]
     # Alone and first, so that nothing else can pull in another build of it.
     torch = [each for each in requirements if each == BACKENDS["torch"]]
     if torch:

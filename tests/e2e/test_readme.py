@@ -1,0 +1,54 @@
+"""The README does what it says: its Python and its cheap commands are run."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
+
+
+def blocks(language):
+    text = README.read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_the_quick_start_runs(tmp_path):
+    program = "\n".join(blocks("python"))
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my_gemma" / "config.json").is_file()
+
+
+def test_the_commands_run(tmp_path):
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    commands = [line for line in lines if "gemma-keras" in line]
+    assert len(commands) >= 5
+    folder = pathlib.Path(sys.executable).parent
+    for command in commands:
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, (command, done.stderr)
+        assert done.stdout.strip(), command
+
+
+def test_every_module_and_tool_it_names_is_there():
+    tree = README.read_text().split("## What lies where")[1].split("```")[1]
+    package = pathlib.Path(__file__).resolve().parents[2] / "gemma_keras"
+    named = set(re.findall(r"^  ((?:\w+\.py ?)+)", tree, re.MULTILINE))
+    names = {name for line in named for name in line.split()}
+    there = {path.name for path in package.glob("*.py")} - {"__init__.py", "models.py"}
+    assert names == there
