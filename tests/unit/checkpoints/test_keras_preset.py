@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import os
-import stat
 import tracemalloc
+from types import SimpleNamespace
 
 import h5py
+import keras
 import ml_dtypes
 import numpy as np
 import pytest
@@ -170,21 +171,8 @@ def test_an_error_leaves_what_was_there(tmp_path, files):
         files.assert_same_weights(checkpoint, arrays)
 
 
-@pytest.mark.skipif(
-    os.name != "posix" or os.geteuid() == 0, reason="root may write all"
-)
-def test_a_place_that_cannot_be_written(tmp_path, files):
-    config = files.configs["gemma"]
-    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    with pytest.raises((CheckpointError, OSError)):
-        save(tmp_path / "p", config, files.weights(config))
-
-
 def test_a_full_disk_is_told_before_writing(tmp_path, files, monkeypatch):
     config = files.configs["gemma"]
-    monkeypatch.setattr("shutil.disk_usage", lambda path: os.statvfs_result)
-    from types import SimpleNamespace
-
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(CheckpointError, match=r"the disk has 0\.0 GB left"):
         save(tmp_path / "p", config, files.weights(config))
@@ -282,10 +270,10 @@ def test_backbones_that_are_not_gemma(tmp_path, files):
     config = files.configs["gemma"]
     folder = save(tmp_path / "p", config, files.weights(config))
     edit(folder / "config.json", lambda raw: raw.update(class_name="PaliGemmaBackbone"))
-    with pytest.raises(CheckpointError, match="PaliGemmaBackbone.*not supported"):
+    with pytest.raises(CheckpointError, match=r"PaliGemmaBackbone.*not supported"):
         open_checkpoint(folder)
     edit(folder / "config.json", lambda raw: raw.pop("class_name"))
-    with pytest.raises(CheckpointError, match="None.*not supported"):
+    with pytest.raises(CheckpointError, match=r"None.*not supported"):
         open_checkpoint(folder)
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json: is missing"):
@@ -393,20 +381,14 @@ def keras_hub_backbone(keras_hub, config, dtype="float32"):
 
 
 def as_ours(variable, config):
-    """A KerasHub variable in our shape, by its path: written without keras_layout."""
-    array = np.asarray(variable.value if variable.dtype != "bfloat16" else variable)
+    """A KerasHub variable in our shape, told by its path, without keras_layout."""
+    array = keras.ops.convert_to_numpy(keras.ops.cast(variable.value, "float32"))
     name = variable.path.rsplit("/", 2)[-2]
     if name in ("query", "key", "value"):
         return np.einsum("hdk->dhk", array).reshape(config.hidden_dim, -1)
     if name == "attention_output":
         return array.reshape(-1, config.hidden_dim)
     return array
-
-
-def numpy_of(variable):
-    import keras
-
-    return keras.ops.convert_to_numpy(keras.ops.cast(variable.value, "float32"))
 
 
 @pytest.mark.reference
@@ -426,14 +408,8 @@ def test_presets_that_keras_hub_writes(tmp_path, files, keras_hub, config, kept,
         variables = {variable.path: variable for variable in backbone.weights}
         assert variables.keys() == config.weight_shapes().keys()
         for path, variable in variables.items():
-            array = numpy_of(variable)
-            name = path.rsplit("/", 2)[-2]
-            if name in ("query", "key", "value"):
-                array = np.einsum("hdk->dhk", array).reshape(config.hidden_dim, -1)
-            elif name == "attention_output":
-                array = array.reshape(-1, config.hidden_dim)
-            found = checkpoint.tensor(path)
-            assert np.array_equal(found.astype(np.float32), array), path
+            found = checkpoint.tensor(path).astype(np.float32)
+            assert np.array_equal(found, as_ours(variable, config)), path
 
 
 @pytest.mark.reference
@@ -463,13 +439,8 @@ def test_presets_that_keras_hub_reads(
     variables = {variable.path: variable for variable in task.backbone.weights}
     assert variables.keys() == arrays.keys()
     for path, variable in variables.items():
-        array = numpy_of(variable)
-        name = path.rsplit("/", 2)[-2]
-        if name in ("query", "key", "value"):
-            array = np.einsum("hdk->dhk", array).reshape(config.hidden_dim, -1)
-        elif name == "attention_output":
-            array = array.reshape(-1, config.hidden_dim)
-        assert np.array_equal(array, arrays[path].astype(np.float32)), path
+        expected = arrays[path].astype(np.float32)
+        assert np.array_equal(as_ours(variable, config), expected), path
     again = tmp_path / "again"
     task.save_to_preset(str(again))
     for name in ("config.json", "tokenizer.json", "preprocessor.json", "task.json"):
@@ -485,30 +456,26 @@ def _sorted(value):
 
 def _assert_same_types(ours, theirs):
     """Both write the same datasets, with the same HDF5 types and attributes."""
-    found = []
-    for folder in (ours, theirs):
-        datasets = {}
-        for file in folder.glob("*.weights.h5"):
-            with h5py.File(file) as opened:
-                opened.visititems(
-                    lambda name, item: (
-                        datasets.update(
-                            {name: (item.shape, item.dtype, dict(item.attrs))}
-                        )
-                        if isinstance(item, h5py.Dataset)
-                        else None
-                    )
-                )
-        found.append(datasets)
-    assert found[0] == found[1]
+    assert _datasets(ours) == _datasets(theirs)
+
+
+def _datasets(folder):
+    found = {}
+
+    def visit(name, item):
+        if isinstance(item, h5py.Dataset):
+            found[name] = (item.shape, item.dtype, dict(item.attrs))
+
+    for path in folder.glob("*.weights.h5"):
+        with h5py.File(path) as file:
+            file.visititems(visit)
+    return found
 
 
 @pytest.mark.reference
 @pytest.mark.filterwarnings("ignore")
 def test_task_weights_that_keras_hub_writes(tmp_path, files, small, keras_hub, config):
     """`save_weights` after training with LoRA: merged, compiled, without config."""
-    import keras
-
     backbone = keras_hub_backbone(keras_hub, config)
     kind = "Gemma3" if config.use_qk_norm else "Gemma"
     task = getattr(keras_hub.models, f"{kind}CausalLM")(
@@ -561,5 +528,5 @@ def test_text_part_of_a_multimodal_preset(tmp_path, files, keras_hub):
     backbone.save_to_preset(str(tmp_path))
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.config == config
-        expected = numpy_of(backbone.token_embedding.embeddings)
+        expected = as_ours(backbone.token_embedding.embeddings, config)
         assert np.array_equal(checkpoint.tensor("token_embedding/embeddings"), expected)
