@@ -364,7 +364,8 @@ class GemmaCausalLM(keras.Model):
         inputs = {"token_ids": token_ids}
         if padding_mask is not None:
             inputs["padding_mask"] = ops.convert_to_tensor(padding_mask, dtype="bool")
-        logits = self._engine.logits(inputs, layer_intercept_fn)
+        hidden = self.backbone(inputs, layer_intercept_fn=layer_intercept_fn)
+        logits = ops.cast(self.backbone.logits(hidden), "float32")
         if scoring_mode == "logits":
             return logits
         counted = inputs.get("padding_mask", ops.ones_like(token_ids, dtype="bool"))

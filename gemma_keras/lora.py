@@ -83,25 +83,25 @@ class Projection(keras.layers.Dense):
         return ops.cast(merged, self.kernel.dtype)
 
     def save_own_variables(self, store):
-        super().save_own_variables(store)
-        if self.lora_a is not None:
-            store["lora_a"], store["lora_b"] = self.lora_a, self.lora_b
+        # By name: Dense would leave the factors out.
+        for variable in self.weights:
+            store[variable.name] = variable
 
     def load_own_variables(self, store):
-        factors = [name for name in ("lora_a", "lora_b") if name in store.keys()]
-        if factors and self.lora_a is None:
+        names = set(store.keys())
+        if self.lora_a is None and {"lora_a", "lora_b"} & names:
             raise ValueError(
                 f"The file holds a low-rank update for {self.path}, and the model has "
                 "none. Call enable_lora(rank) first."
             )
-        if self.lora_a is not None and not factors:
-            # A file from before enable_lora: W + 0 is what it means.
-            self.lora_b.assign(ops.zeros_like(self.lora_b))
-        for name in factors:
-            getattr(self, name).assign(store[name])
-        super().load_own_variables(
-            {name: store[name] for name in store.keys() if name not in factors}
-        )
+        for variable in self.weights:
+            if variable.name in names:
+                variable.assign(store[variable.name])
+            elif variable is self.lora_b:
+                # A file from before enable_lora: it means no update yet.
+                variable.assign(ops.zeros_like(variable))
+            elif variable is not self.lora_a:
+                raise ValueError(f"The file has no {variable.path}.")
 
 
 def projections(backbone):
