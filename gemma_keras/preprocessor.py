@@ -66,6 +66,25 @@ class GemmaCausalLMPreprocessor:
         self.add_end_token = add_end_token
         self.truncate = truncate
 
+    @classmethod
+    def from_preset(cls, source, **settings) -> "GemmaCausalLMPreprocessor":
+        """Loads the preprocessor of a model, without its weights.
+
+        Args:
+            source: whatever `GemmaCausalLM.from_preset` takes.
+            **settings: arguments of the constructor, in place of the model's own.
+
+        Raises:
+            ValueError: there is no such model, or it comes without a tokenizer.
+        """
+        from gemma_keras import loading
+
+        with loading.open_source(source) as checkpoint:
+            preprocessor = loading.load_preprocessor(checkpoint, **settings)
+        if preprocessor is None:
+            raise ValueError(f"{source} holds no tokenizer.")
+        return preprocessor
+
     @property
     def sequence_length(self) -> int:
         """Length in tokens of training samples, and of the longest prompt."""

@@ -91,6 +91,24 @@ class GemmaTokenizer:
         return cls(path)
 
     @classmethod
+    def from_preset(cls, source: str | os.PathLike) -> "GemmaTokenizer":
+        """Loads the tokenizer of a model, without its weights.
+
+        Args:
+            source: whatever `GemmaCausalLM.from_preset` takes: a preset's name, a
+                directory, a `.gguf` file, a `hf://` or `kaggle://` handle.
+
+        Raises:
+            ValueError: there is no such model, or it comes without a tokenizer.
+        """
+        from gemma_keras import loading
+
+        tokenizer = loading.load_tokenizer(source)
+        if tokenizer is None:
+            raise ValueError(f"{source} holds no tokenizer.")
+        return tokenizer
+
+    @classmethod
     def from_tokenizer_json(cls, source: str | os.PathLike | dict) -> "GemmaTokenizer":
         """Loads the `tokenizer.json` of a Hugging Face checkpoint, or its parsed form.
 

@@ -400,3 +400,16 @@ def test_pairs_become_what_they_become_in_kerashub(small, hub, prompts, data):
     pairs = {"prompts": prompts, "responses": responses}
     if all(fits):
         assert_equal(ours(pairs), hub[1](pairs))
+
+
+# --------------------------------------------------------------- Gemma's own
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_preprocessor_of_a_model_file(gemma3_270m_file):
+    preprocessor = GemmaCausalLMPreprocessor.from_preset(
+        gemma3_270m_file, sequence_length=16
+    )
+    assert preprocessor.sequence_length == 16
+    assert preprocessor.encode_prompt("Hello") == [2, 9259]
