@@ -33,10 +33,11 @@ He sang low, she sang high; they sang together until the morning came again.
 """
 
 
-def train_proto(control: tuple[str, ...] = ()) -> bytes:
+def train_proto(control: tuple[str, ...] = (), prefix: bool = False) -> bytes:
     """Trains a SentencePiece model with Gemma's settings.
 
-    Pieces in `control` are made control pieces instead of user-defined.
+    Pieces in `control` are made control pieces instead of user-defined. With `prefix`,
+    text gets a space in front and loses extra ones, as SentencePiece does by default.
     """
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -50,8 +51,8 @@ def train_proto(control: tuple[str, ...] = ()) -> bytes:
         user_defined_symbols=[p for p in USER_DEFINED if p not in control],
         control_symbols=list(control),
         normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
+        add_dummy_prefix=prefix,
+        remove_extra_whitespaces=prefix,
         allow_whitespace_only_pieces=True,
         pad_id=0,
         eos_id=1,

@@ -140,6 +140,22 @@ def test_a_stream_never_gives_half_a_character(small, text):
     assert parts[-1] == ""
 
 
+@pytest.fixture(scope="module")
+def prefixing(train_small):
+    """A tokenizer that drops the space which text begins with, unlike Gemma's."""
+    return GemmaTokenizer(train_small(prefix=True))
+
+
+@settings(max_examples=200)
+@given(text=texts, data=st.data())
+def test_a_stream_of_a_vocabulary_with_a_dummy_prefix(prefixing, text, data):
+    ids = prefixing.encode(text)
+    assert ids == reference_of(prefixing).encode(text)
+    some = data.draw(st.lists(st.sampled_from([0, 2, 3, *range(499)]), max_size=4))
+    for row in (ids, some + ids, ids + some):
+        assert "".join(stream(prefixing, row)) == prefixing.decode(row)
+
+
 def test_a_stream_holds_bytes_back_until_the_character_is_whole(small):
     ids = small.encode("a🦊b")
     assert len(ids) == 6
