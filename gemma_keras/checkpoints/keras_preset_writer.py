@@ -6,6 +6,7 @@ Tensor by tensor, beside the place where it is to be, and renamed when complete.
 import contextlib
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 import math
 import re
@@ -15,7 +16,6 @@ import warnings
 from pathlib import Path
 
 import h5py
-import keras
 import numpy as np
 
 from gemma_keras.checkpoints import keras_layout
@@ -209,7 +209,7 @@ def _write_configs(folder, config, dtype, tokenizer, preprocessor_config):
     backbone = _backbone(config, dtype)
     _write_json(folder / CONFIG, backbone)
     metadata = {
-        "keras_version": keras.__version__,
+        "keras_version": importlib.metadata.version("keras"),
         "keras_hub_version": KERAS_HUB_VERSION,
         "parameter_count": config.num_parameters,
         "date_saved": datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S"),
