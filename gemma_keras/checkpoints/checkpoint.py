@@ -135,6 +135,28 @@ def load_tokenizer(*paths):
     return None
 
 
+INTEGER, NUMBER, FLAG = (int,), (int, float), (bool,)
+
+
+def check_types(where, values, kinds):
+    """Raises `CheckpointError` for a value of the wrong JSON type.
+
+    Args:
+        where: The file, for the message.
+        values: The dict to check; keys that it lacks are not missed.
+        kinds: Key to `INTEGER`, `NUMBER` or `FLAG`, with `type(None)` added where null
+            is allowed.
+    """
+    for key, kind in kinds.items():
+        # In Python a bool is an int; in a config it is a mistake.
+        if key in values and type(values[key]) not in kind:
+            words = {int: "integer", float: "number", bool: "true or false"}
+            expected = " or ".join(words.get(one, "null") for one in kind)
+            raise CheckpointError(
+                f"{where}: {key} must be {expected}, not {str(values[key])[:80]!r}."
+            )
+
+
 def build_config(where, **fields):
     """A `GemmaConfig`, its errors told as the file's."""
     layers = fields.get("num_layers")

@@ -10,6 +10,7 @@ import re
 import numpy as np
 
 from gemma_keras.checkpoints.checkpoint import (
+    NUMBER,
     Checkpoint,
     CheckpointError,
     build_config,
@@ -105,22 +106,21 @@ class GGUFCheckpoint(Checkpoint):
                 )
                 for name in self._names.values()
             )
-        except CheckpointError:
+        except BaseException:
             self.close()
             raise
 
     def _read_config(self):
-        arch = self._fields.get("general.architecture")
+        arch = self._text("general.architecture", "")
         if arch not in _ARCHITECTURES:
             raise CheckpointError(
                 f"{self.path}: architecture {arch!r} is not supported; supported are "
                 f"{', '.join(_ARCHITECTURES)}."
             )
-        if self._fields.get("general.type", "model") != "model":
-            raise CheckpointError(
-                f"{self.path}: is a {self._fields['general.type']}, not a model."
-            )
-        if self._fields.get("split.count", 0) not in (0, 1):
+        kind = self._text("general.type", "model")
+        if kind != "model":
+            raise CheckpointError(f"{self.path}: holds no model, but: {kind}.")
+        if self._number("split.count", 0) > 1:
             raise CheckpointError(
                 f"{self.path}: is one part of several; join them first with "
                 "llama-gguf-split --merge."
@@ -133,7 +133,7 @@ class GGUFCheckpoint(Checkpoint):
                 f"{self.path}: keys and values of different sizes are not supported."
             )
         scalar = head_dim
-        if layers == _DEPTH_27B.get(arch):
+        if layers == _DEPTH_27B.get(arch) and heads > 0:
             scalar = width / heads
         fields = {
             "vocab_size": self._vocab_size(),
@@ -172,17 +172,28 @@ class GGUFCheckpoint(Checkpoint):
 
     def _get(self, name, default=None):
         """A number under the architecture's prefix, or an error if there is none."""
-        key = f"{self._fields['general.architecture']}.{name}"
+        return self._number(f"{self._fields['general.architecture']}.{name}", default)
+
+    def _number(self, key, default):
         value = self._fields.get(key, default)
         if value is None:
             raise CheckpointError(f"{self.path}: the key {key} is missing.")
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if type(value) not in NUMBER:
             raise CheckpointError(
                 f"{self.path}: {key} must be a number, not a {type(value).__name__}."
             )
         if isinstance(value, float):
             # Stored as float32: 1e-6 and 1000000 as people wrote them.
-            value = float(str(np.float32(value)))
+            with np.errstate(over="ignore"):
+                value = float(str(np.float32(value)))
+        return value
+
+    def _text(self, key, default):
+        value = self._fields.get(key, default)
+        if not isinstance(value, str):
+            raise CheckpointError(
+                f"{self.path}: {key} must be text, not a {type(value).__name__}."
+            )
         return value
 
     def _layer_pattern(self, layers, default):
@@ -195,7 +206,7 @@ class GGUFCheckpoint(Checkpoint):
         raise CheckpointError(f"{self.path}: {key} is not understood.")
 
     def _rope_factor(self, arch):
-        kind = self._fields.get(f"{arch}.rope.scaling.type", "none")
+        kind = self._text(f"{arch}.rope.scaling.type", "none")
         if kind not in ("none", "linear"):
             raise CheckpointError(
                 f"{self.path}: rope scaling {kind!r} is not supported; Gemma uses "
@@ -226,9 +237,13 @@ class GGUFCheckpoint(Checkpoint):
     def _pieces(self):
         """The vocabulary without the padding that converters append to it."""
         pieces = self._fields.get("tokenizer.ggml.tokens", [])
-        types = self._fields.get("tokenizer.ggml.token_type")
-        if not isinstance(pieces, list) or types is None:
-            return pieces if isinstance(pieces, list) else []
+        types = self._fields.get("tokenizer.ggml.token_type", [])
+        if not isinstance(pieces, list):
+            raise CheckpointError(
+                f"{self.path}: tokenizer.ggml.tokens must be strings."
+            )
+        if not isinstance(types, np.ndarray):
+            return pieces
         count = len(pieces)
         while (
             count
@@ -297,7 +312,7 @@ class GGUFCheckpoint(Checkpoint):
         pieces = self._pieces()
         if not pieces:
             return None
-        model = self._fields.get("tokenizer.ggml.model")
+        model = self._text("tokenizer.ggml.model", "llama")
         if model != "llama":
             raise CheckpointError(
                 f"{self.path}: its vocabulary is of the kind {model!r}; Gemma's is "

@@ -57,7 +57,7 @@ class GGUFFile:
             if len(self._tensors) != len(infos):
                 raise CheckpointError(f"{self.path}: names a tensor twice.")
             self._check_overlaps()
-        except CheckpointError:
+        except BaseException:
             self.close()
             raise
         self.shapes = {name: entry[1] for name, entry in self._tensors.items()}

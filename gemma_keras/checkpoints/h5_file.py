@@ -31,7 +31,7 @@ class H5File:
             if self._file.read(0, 8) != _SIGNATURE:
                 raise CheckpointError(f"{self.path}: is not an HDF5 file.")
             self._read_structure()
-        except CheckpointError:
+        except BaseException:
             self.close()
             raise
         self.shapes = {name: entry[1] for name, entry in self._entries.items()}
@@ -67,8 +67,8 @@ class H5File:
         count = math.prod(shape) * FLOAT_DTYPES[dtype].itemsize
         if start is None:
             raise CheckpointError(
-                f"{where}: is compressed, chunked or kept elsewhere; Keras writes "
-                "plain datasets. `h5repack -f NONE -l CONTI` makes one."
+                f"{where}: is compressed, chunked, empty or kept elsewhere; Keras "
+                "writes plain datasets. `h5repack -f NONE -l CONTI` makes one."
             )
         if held != count or start + count > self._file.size:
             raise CheckpointError(

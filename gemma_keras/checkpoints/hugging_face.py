@@ -10,10 +10,13 @@ import math
 import warnings
 
 from gemma_keras.checkpoints.checkpoint import (
+    INTEGER,
+    NUMBER,
     Checkpoint,
     CheckpointError,
     build_config,
     check_shape,
+    check_types,
     dominant_dtype,
     file_inside,
     load_tokenizer,
@@ -79,6 +82,30 @@ _DEFAULTS = {
         "rope_theta": 1_000_000.0,
         "rope_local_base_freq": 10_000.0,
     },
+}
+_OPTIONAL = (*NUMBER, type(None))
+_TYPES = dict.fromkeys(
+    (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "sliding_window_pattern",
+        "_sliding_window_pattern",
+    ),
+    INTEGER,
+) | {
+    "sliding_window": (*INTEGER, type(None)),
+    "rms_norm_eps": NUMBER,
+    "rope_theta": NUMBER,
+    "rope_local_base_freq": _OPTIONAL,
+    "query_pre_attn_scalar": _OPTIONAL,
+    "attn_logit_softcapping": _OPTIONAL,
+    "final_logit_softcapping": _OPTIONAL,
 }
 _TANH_GELU = {"gelu_pytorch_tanh", "gelu_new"}
 _LAYER_LETTERS = {"sliding_attention": "L", "full_attention": "G"}
@@ -171,7 +198,7 @@ class HuggingFaceCheckpoint(Checkpoint):
                 (owner.float_dtype(name), math.prod(owner.shapes[name]))
                 for owner, name in self._names.values()
             )
-        except CheckpointError:
+        except BaseException:
             self.close()
             raise
 
@@ -347,6 +374,7 @@ def config_from_json(raw, where):
     nullable = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
     given = {k: v for k, v in raw.items() if v is not None or k in nullable}
     values = _DEFAULTS[model_type] | given
+    check_types(where, values, _TYPES)
     _refuse_variants(model_type, values, where)
     scalar = values["query_pre_attn_scalar"]
     if _is_early_9b(model_type, values):
@@ -400,7 +428,7 @@ def _refuse_variants(model_type, values, where):
     allowed = _TANH_GELU | ({"gelu"} if model_type == "gemma" else set())
     for key in keys:
         activation = values.get(key, "gelu_pytorch_tanh")
-        if activation not in allowed:
+        if not isinstance(activation, str) or activation not in allowed:
             raise CheckpointError(
                 f"{where}: {key} {activation!r} is not supported; Gemma uses "
                 "gelu_pytorch_tanh."
@@ -423,10 +451,9 @@ def _layer_pattern(values, where):
         if values["model_type"] == "gemma":
             return "G"
         every = values.get("_sliding_window_pattern", values["sliding_window_pattern"])
-        if not isinstance(every, int) or not 1 <= every <= 1024:
+        if not 1 <= every <= 1024:
             raise CheckpointError(
-                f"{where}: sliding_window_pattern must be a positive integer, not "
-                f"{every!r}."
+                f"{where}: sliding_window_pattern must be from 1 to 1024, not {every}."
             )
         return "L" * (every - 1) + "G"
     letters = [

@@ -7,7 +7,14 @@ and counts the feed-forward of Gemma 1 and 2 twice (`intermediate_dim` = 2 F).
 import dataclasses
 
 from gemma_keras import registry
-from gemma_keras.checkpoints.checkpoint import CheckpointError, build_config
+from gemma_keras.checkpoints.checkpoint import (
+    FLAG,
+    INTEGER,
+    NUMBER,
+    CheckpointError,
+    build_config,
+    check_types,
+)
 
 CONFIG = "config.json"
 METADATA = "metadata.json"
@@ -25,6 +32,41 @@ BACKBONES = {"GemmaBackbone": "gemma", "Gemma3Backbone": "gemma3"}
 _EPSILON = 1e-6
 _LOCAL_THETA, _GLOBAL_THETA = 10_000.0, 1_000_000.0
 _PATTERNS = {"gemma": "LG", "gemma3": "LLLLLG"}
+
+_REQUIRED = dict.fromkeys(
+    (
+        "vocabulary_size",
+        "num_layers",
+        "num_query_heads",
+        "num_key_value_heads",
+        "hidden_dim",
+        "intermediate_dim",
+        "head_dim",
+    ),
+    INTEGER,
+)
+_FLAGS = (
+    "query_head_dim_normalize",
+    "use_post_ffw_norm",
+    "use_post_attention_norm",
+    "use_sliding_window_attention",
+    "use_query_key_norm",
+    "use_bidirectional_attention",
+    "is_embedding_model",
+)
+_OPTIONAL = (*NUMBER, type(None))
+_TYPES = (
+    _REQUIRED
+    | dict.fromkeys(_FLAGS, FLAG)
+    | {
+        "sliding_window_size": INTEGER,
+        "layer_norm_epsilon": NUMBER,
+        "attention_logit_soft_cap": _OPTIONAL,
+        "final_logit_soft_cap": _OPTIONAL,
+        "local_rope_scaling_factor": NUMBER,
+        "global_rope_scaling_factor": NUMBER,
+    }
+)
 
 _GROUPS = {
     "pre_attention_norm/scale": "pre_attention_norm",
@@ -193,21 +235,20 @@ def gemma_config(kind, raw, where):
     missing = [name for name in _REQUIRED if name not in raw]
     if missing:
         raise CheckpointError(f"{where}: the config lacks {', '.join(missing)}.")
+    check_types(where, raw, _TYPES)
     three = kind == "gemma3"
     _refuse_variants(three, raw, where)
     width, heads = raw["hidden_dim"], raw["num_query_heads"]
     ffn = raw["intermediate_dim"]
     scalar = raw["head_dim"]
-    if not raw.get("query_head_dim_normalize", True):
-        if not isinstance(width, int) or not isinstance(heads, int) or heads < 1:
-            raise CheckpointError(f"{where}: hidden_dim and heads must be numbers.")
+    if not raw.get("query_head_dim_normalize", True) and heads > 0:
         scalar = width / heads
     sliding = raw.get("use_sliding_window_attention", False)
     fields = {
         "vocab_size": raw["vocabulary_size"],
         "num_layers": raw["num_layers"],
         "hidden_dim": width,
-        "ffn_dim": ffn if three or not isinstance(ffn, int) else ffn // 2,
+        "ffn_dim": ffn if three else ffn // 2,
         "num_query_heads": heads,
         "num_kv_heads": raw["num_key_value_heads"],
         "head_dim": raw["head_dim"],
@@ -241,17 +282,6 @@ def _recall(config, factor_unknown):
     if config.use_qk_norm and factor_unknown:
         fields["rope_scaling_factor"] = known.rope_scaling_factor
     return dataclasses.replace(config, **fields)
-
-
-_REQUIRED = (
-    "vocabulary_size",
-    "num_layers",
-    "num_query_heads",
-    "num_key_value_heads",
-    "hidden_dim",
-    "intermediate_dim",
-    "head_dim",
-)
 
 
 def _refuse_variants(three, raw, where):

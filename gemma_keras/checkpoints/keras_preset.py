@@ -78,7 +78,7 @@ class KerasPresetCheckpoint(Checkpoint):
                 (owner.float_dtype(name), math.prod(owner.shapes[name]))
                 for owner, name in self._datasets.values()
             )
-        except CheckpointError:
+        except BaseException:
             self.close()
             raise
 

@@ -51,7 +51,7 @@ class SafetensorsFile:
                 name: self._entry(name, entry) for name, entry in header.items()
             }
             self._check_tiling()
-        except CheckpointError:
+        except BaseException:
             self.close()
             raise
         self.shapes = {name: entry[1] for name, entry in self._entries.items()}

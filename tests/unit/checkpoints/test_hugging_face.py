@@ -221,7 +221,7 @@ def test_first_gemma_2_9b_config(tmp_path):
         ("gemma", {"quantization_config": {"bits": 4}}, "quantised"),
         ("gemma", {"num_key_value_heads": 3}, "num_query_heads"),
         ("gemma", {"num_hidden_layers": 10**9}, "layers are more"),
-        ("gemma", {"num_hidden_layers": "3"}, "num_layers must be a positive integer"),
+        ("gemma", {"num_hidden_layers": "3"}, "num_hidden_layers must be integer"),
         ("gemma", {"num_hidden_layers": 900}, "too few"),
         (
             "gemma",

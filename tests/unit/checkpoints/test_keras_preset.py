@@ -246,14 +246,18 @@ def test_configs_that_disagree(tmp_path, files, config):
         ("gemma", {"num_layers": 2}, "no part of the Gemma"),
         ("gemma", {"num_layers": 10**9}, "layers are more"),
         ("gemma", {"num_layers": 900}, "too few"),
-        ("gemma", {"intermediate_dim": "x"}, "ffn_dim"),
+        ("gemma", {"intermediate_dim": "x"}, "intermediate_dim must be"),
         ("gemma", {"use_post_ffw_norm": True}, "must be equal"),
         ("gemma3", {"is_embedding_model": True}, "embedding models"),
         ("gemma3", {"use_bidirectional_attention": True}, "bidirectional"),
         ("gemma3", {"use_query_key_norm": False}, "use_query_key_norm"),
         ("gemma3", {"local_rope_scaling_factor": 2.0}, "local_rope_scaling_factor"),
         ("gemma3", {"global_rope_scaling_factor": None}, "rope_scaling_factor"),
-        ("gemma2", {"query_head_dim_normalize": False, "hidden_dim": "a"}, "numbers"),
+        (
+            "gemma2",
+            {"query_head_dim_normalize": False, "hidden_dim": "a"},
+            "hidden_dim must be",
+        ),
     ],
 )
 def test_configs_that_are_refused(tmp_path, files, family, changes, message):
