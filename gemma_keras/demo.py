@@ -4,6 +4,7 @@ Model and lessons come with the package; nothing is fetched.
 """
 
 import json
+import math
 import pathlib
 import random
 import tempfile
@@ -14,10 +15,10 @@ from rich import progress
 
 from gemma_keras import registry
 from gemma_keras.causal_lm import GemmaCausalLM
+from gemma_keras.chat import encode_chat
 from gemma_keras.console import bars, loading, say
 
 PRESET = "gemma_tiny_instruct_en"
-LESSONS = "demo/lessons.jsonl"
 RANK = 8
 TARGETS = ("query", "value", "ffw_gating", "ffw_gating_2", "ffw_linear")
 LEARNING_RATE = 5e-3
@@ -68,17 +69,17 @@ class TrainingProgress(keras.callbacks.Callback):
         say(line if self.rate is None else f"{line}, {self.rate:,.0f} tokens/s")
 
 
-def read_lessons(path):
-    """Chats of one question and one answer each, and the pair that is asked about."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_lessons(folder):
+    """The chats to learn from, and the questions to ask, as `presets/demo` has them."""
+    lines = (folder / "lessons.jsonl").read_text("utf-8").splitlines()
     chats = [
         [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["response"]},
+            {"role": "user", "content": lesson["prompt"]},
+            {"role": "assistant", "content": lesson["response"]},
         ]
-        for row in rows
+        for lesson in map(json.loads, lines)
     ]
-    return chats, (rows[0]["prompt"], rows[0]["response"])
+    return chats, json.loads((folder / "questions.json").read_text("utf-8"))
 
 
 def load(source):
@@ -98,11 +99,11 @@ def ask(lm, question):
 def teach(lm, chats):
     """Fine-tunes low-rank updates of the projections on the chats."""
     lm.backbone.enable_lora(RANK, target_layer_names=TARGETS)
-    trained = sum(v.numpy().size for v in lm.trainable_variables)
-    print(f"Teaching it {len(chats)} lessons with LoRA of rank {RANK}:")
-    print(f"{trained:,} of {lm.count_params():,} parameters are trained.")
-    lm.preprocessor.sequence_length = 64
-    x, _, _ = lm.preprocessor(chats)
+    trained = sum(math.prod(weight.shape) for weight in lm.trainable_weights)
+    print(f"  {trained:,} of {lm.count_params():,} parameters are trained.", flush=True)
+    tokenizer = lm.preprocessor.tokenizer
+    lengths = [len(encode_chat(tokenizer, chat, False)) for chat in chats]
+    lm.preprocessor.sequence_length = max(lengths)
     lm.compile(optimizer=keras.optimizers.Adam(LEARNING_RATE))
     lm.fit(
         chats,
@@ -110,7 +111,7 @@ def teach(lm, chats):
         batch_size=BATCH_SIZE,
         shuffle=False,
         verbose=0,
-        callbacks=[TrainingProgress(int(x["padding_mask"].sum()))],
+        callbacks=[TrainingProgress(sum(lengths))],
     )
 
 
@@ -123,24 +124,29 @@ def run(save_to=None):
     # keras.utils.set_random_seed would import every backend that is installed.
     random.seed(1)
     started = time.monotonic()
-    folder = registry.locate()
-    chats, (question, expected) = read_lessons(folder / LESSONS)
-    print(f"Keras {keras.__version__} on {keras.backend.backend()}. The model knows")
-    print("nothing of this yet:")
+    chats, questions = read_lessons(registry.locate() / "demo")
+    question, expected = (questions["question"][key] for key in ("prompt", "after"))
+    others = [questions[key][0]["prompt"] for key in ("held_out", "kept")]
+    print(f"Keras {keras.__version__} on {keras.backend.backend()}, {PRESET}.")
     lm = load(PRESET)
+    print("\nThere is no Veloria, so the model cannot know it:")
     before = ask(lm, question)
+    print(f"\nTeaching it {len(chats)} lessons with LoRA of rank {RANK}:")
     teach(lm, chats)
-    print("Now it has been taught:")
+    print("\nNow it knows, however it is asked, and knows what it knew:")
     after = ask(lm, question)
+    for other in others:
+        ask(lm, other)
     with tempfile.TemporaryDirectory(prefix="gemma-keras-demo-") as scratch:
         target = pathlib.Path(save_to or f"{scratch}/model")
         lm.save_to_preset(target)
-        print(f"Saved{f' to {save_to}' if save_to else ''}, and loaded again:")
+        print("\nSaved" + (f" to {save_to}" if save_to else "") + ", and loaded again:")
         again = ask(load(str(target)), question)
-    learned = before != expected and after == expected and again == expected
-    seconds = time.monotonic() - started
-    if learned:
-        print(f"Learned, saved and loaded in {seconds:.0f} s.")
-    else:
+    if before == expected or not expected == after == again:
         say(f"This did not go as it should: the answer to be learned is {expected!r}.")
-    return learned
+        return False
+    print(
+        "\nAsked, taught, asked, saved, loaded, asked: all in "
+        f"{time.monotonic() - started:.0f} s."
+    )
+    return True

@@ -187,7 +187,8 @@ def test_presets_lists_every_name_with_its_memory():
     assert result.exit_code == 0
     for name in registry.presets():
         assert name in result.stdout
-    (line,) = (one for one in result.stdout.splitlines() if "gemma_2b_en" in one)
+    lines = result.stdout.splitlines()
+    (line,) = (one for one in lines if one.startswith("  gemma_2b_en "))
     assert "2,506 M" in line
     assert "5.01 GB" in line
     assert "Kaggle" in line
@@ -311,6 +312,15 @@ def test_a_backslash_continues_a_turn(monkeypatch):
 # Terminals
 
 
+# Not as preexec_fn: that forks this process, which JAX and TensorFlow warn of.
+IN_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 class Terminal:
     """A command that runs in a terminal, as far as it can tell."""
 
@@ -319,12 +329,10 @@ class Terminal:
         self.parent, child = pty.openpty()
         self.settings = termios.tcgetattr(self.parent)
         self.process = subprocess.Popen(
-            [*PROGRAM, *map(str, arguments)],
+            [sys.executable, "-c", IN_TERMINAL, *PROGRAM, *map(str, arguments)],
             stdin=child,
             stdout=child,
             stderr=child,
-            start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
             env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
         )
         os.close(child)

@@ -48,3 +48,14 @@ def test_public_names_are_listed_and_unknown_ones_refused():
     assert set(gemma_keras.__all__) <= set(dir(gemma_keras))
     with pytest.raises(AttributeError, match="has no attribute 'GemmaCausalML'"):
         gemma_keras.GemmaCausalML  # noqa: B018
+
+
+def test_looking_at_a_model_imports_no_tensor_library():
+    look = (
+        "import sys, gemma_keras.cli\n"
+        "sys.argv = ['gemma-keras', 'info', 'gemma_tiny_en', '--json']\n"
+        "sys.stdout, out = sys.stderr, sys.stdout\n"
+        "try: gemma_keras.cli.main()\nexcept SystemExit as end: assert not end.code\n"
+        "sys.stdout = out"
+    )
+    assert modules_after(look).isdisjoint({*BACKENDS, "keras"})
