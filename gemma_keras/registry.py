@@ -5,6 +5,7 @@ file beside it. Nothing is downloaded but by `resolve`, and only through the hub
 libraries, which keep their caches and credentials.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -211,7 +213,11 @@ def resolve(source: str | os.PathLike) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if len(path.parts) > 1 or path.suffix in (".gguf", ".safetensors", ".h5"):
+    if re.search(r"^[.~]|[/\\]", source) or path.suffix in (
+        ".gguf",
+        ".safetensors",
+        ".h5",
+    ):
         raise SourceError(f"{source}: there is no such file or directory.")
     return _resolve_preset(find(source))
 
@@ -267,7 +273,9 @@ def _fetch(handle):
             "hf://org/name@revision or kaggle://owner/model/framework/variation."
         )
     try:
-        return Path(fetch())
+        # Both hubs talk on stdout, which belongs to answers.
+        with contextlib.redirect_stdout(sys.stderr):
+            return Path(fetch())
     except SourceError as error:
         raise SourceError(f"{handle}: {error}") from error
     # The hubs raise what their HTTP libraries do, and change these.
@@ -285,28 +293,39 @@ def _fetch_hf(repo, revision, file):
     if file is not None:
         return hub.hf_hub_download(repo, file, revision=revision)
     try:
-        names = hub.HfApi().list_repo_files(repo, revision=revision)
+        info = hub.HfApi().model_info(repo, revision=revision, timeout=10)
+        names = [sibling.rfilename for sibling in info.siblings or ()]
     except Exception as error:
         if _status(error) is not None:
             raise
         return _cached_snapshot(hub, repo, revision, error)
     needed = needed_files(names)
     folder = hub.snapshot_download(repo, revision=revision, allow_patterns=needed)
-    single = len(needed) == 1 and needed[0].endswith(".gguf")
-    return Path(folder) / needed[0] if single else folder
+    return _checkpoint_in(Path(folder), needed)
 
 
 def _cached_snapshot(hub, repo, revision, error):
     """What an earlier download left, when the hub cannot be reached."""
     try:
-        folder = Path(
-            hub.snapshot_download(repo, revision=revision, local_files_only=True)
-        )
-        names = [str(file.relative_to(folder)) for file in folder.rglob("*")]
-        needed_files(names)
-    except Exception:
+        cached = hub.scan_cache_dir().repos
+    except hub.errors.CacheNotFound:
         raise error from None
-    return folder
+    wanted = revision or "main"
+    for known in (known for known in cached if known.repo_id == repo):
+        for version in known.revisions:
+            if wanted in version.refs or wanted == version.commit_hash:
+                folder = version.snapshot_path
+                names = [
+                    file.file_path.relative_to(folder).as_posix()
+                    for file in version.files
+                ]
+                return _checkpoint_in(folder, needed_files(names))
+    raise error
+
+
+def _checkpoint_in(folder, files):
+    single = len(files) == 1 and files[0].endswith(".gguf")
+    return folder / files[0] if single else folder
 
 
 def needed_files(names: list[str]) -> list[str]:

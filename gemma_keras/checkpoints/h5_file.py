@@ -42,6 +42,8 @@ class H5File:
         def visit(found, item):
             nonlocal name
             name = found
+            if not isinstance(found, str):
+                raise ValueError("a name is not UTF-8")
             if isinstance(item, h5py.Dataset):
                 self._entries[found] = _entry(item)
 
