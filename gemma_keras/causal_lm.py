@@ -90,12 +90,18 @@ class GemmaCausalLM(keras.Model):
         # Here, since h5py costs every start and few runs write.
         from gemma_keras.checkpoints import keras_preset
 
+        text = {}
+        if self.preprocessor is not None:
+            names = ("sequence_length", "add_start_token", "add_end_token")
+            settings = {name: getattr(self.preprocessor, name) for name in names}
+            text["tokenizer"] = self.preprocessor.tokenizer
+            text["preprocessor_config"] = settings
         keras_preset.save(
             directory,
-            config=self.config,
-            dtype=self.backbone.variable_dtype,
-            tensor=loading.weight_reader(self.backbone),
-            preprocessor=self.preprocessor,
+            self.config,
+            self.backbone.variable_dtype,
+            loading.weight_reader(self.backbone),
+            **text,
             overwrite=overwrite,
             max_shard_size=max_shard_size,
         )

@@ -17,7 +17,9 @@ import inspect
 import json
 import os
 import pathlib
+import signal
 import sys
+import threading
 from typing import Annotated
 
 import typer
@@ -304,6 +306,8 @@ def write(pieces):
     """Prints an answer to stdout, piece by piece, and a line break after it."""
     last = ""
     for piece in pieces:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
         print(piece, end="", flush=True)
         last = piece or last
     if not last.endswith("\n"):
@@ -464,8 +468,24 @@ def demo(
         raise typer.Exit(1)
 
 
+interrupted = threading.Event()
+
+
+def interrupt(*_):
+    """What Ctrl-C does.
+
+    An exception alone is not enough: raised inside a callback of native code, it is
+    printed and lost, and the answer would go on.
+    """
+    interrupted.set()
+    raise KeyboardInterrupt
+
+
 def main():
     """Runs the command line of this process."""
+    # Not where the parent process asked for interrupts to be ignored, as nohup does.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     # What a terminal cannot show is shown as `?`; it must not end the answer.
     sys.stdout.reconfigure(errors="replace")
     app(prog_name="gemma-keras")

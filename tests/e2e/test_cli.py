@@ -278,10 +278,10 @@ def test_sampling_is_greedy_unless_something_is_asked_for():
 def test_the_reader_of_a_pipe_may_go_away(random_preset):
     line = f"{subprocess.list2cmdline(PROGRAM)} generate {random_preset} a"
     line = f"{line} --max-new-tokens 600 | head -c 20"
-    result = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
-    assert len(result.stdout.encode()) == 20
-    assert "Traceback" not in result.stderr
-    assert "BrokenPipe" not in result.stderr
+    result = subprocess.run(["bash", "-c", line], capture_output=True)
+    assert len(result.stdout) == 20
+    assert b"Traceback" not in result.stderr
+    assert b"BrokenPipe" not in result.stderr
 
 
 # Chat
@@ -380,6 +380,7 @@ def test_ctrl_c_leaves_a_clean_terminal(random_preset, moment):
         terminal.read_until(lambda output: len(output.partition(b" s\r\n")[2]) > 20)
     else:
         terminal.read_until(lambda output: b">>> " in output)
+        time.sleep(0.5)  # a signal between prompt and reading is lost in CPython
     terminal.type("\x03")
     status, output = terminal.end()
     assert status == 130
