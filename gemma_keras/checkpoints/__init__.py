@@ -11,7 +11,14 @@ from gemma_keras.checkpoints.checkpoint import Checkpoint, CheckpointError
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
 
-_FORMATS = ("keras_preset", "gguf", "hugging_face")
+# In this order for a directory: some hold a GGUF beside the safetensors.
+_FORMATS = ("keras_preset", "hugging_face", "gguf")
+_SUFFIXES = {
+    ".h5": "keras_preset",
+    ".weights.json": "keras_preset",
+    ".safetensors": "hugging_face",
+    ".gguf": "gguf",
+}
 
 
 def open_checkpoint(path, *, config=None, dtype=None):
@@ -33,11 +40,36 @@ def open_checkpoint(path, *, config=None, dtype=None):
     path = Path(path).expanduser()
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or directory.")
-    for name in _FORMATS:
-        module = importlib.import_module(f"gemma_keras.checkpoints.{name}")
-        if module.recognises(path):
-            return module.open_checkpoint(path, config, dtype)
-    raise CheckpointError(_unknown(path))
+    find = _format_of_file if path.is_file() else _format_of_directory
+    module = find(path)
+    if module is None:
+        raise CheckpointError(_unknown(path))
+    return _module(module).open_checkpoint(path, config, dtype)
+
+
+def _module(name):
+    return importlib.import_module(f"gemma_keras.checkpoints.{name}")
+
+
+def _format_of_file(path):
+    """Told by the first bytes; a file that they do not tell, by its name."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head.startswith(b"GGUF"):
+        return "gguf"
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        return "keras_preset"
+    # The header of safetensors: its length, which is not huge, and a JSON object.
+    if head[4:] == b"\0\0\0\0{":
+        return "hugging_face"
+    for suffix, name in _SUFFIXES.items():
+        if path.name.endswith(suffix):
+            return name
+    return None
+
+
+def _format_of_directory(path):
+    return next((name for name in _FORMATS if _module(name).recognises(path)), None)
 
 
 def _unknown(path):

@@ -46,10 +46,7 @@ _UNUSED = 5
 
 
 def recognises(path):
-    """Whether `path` is a GGUF file, or a directory with exactly one."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return file.read(4) == b"GGUF" or path.suffix == ".gguf"
+    """Whether the directory `path` holds GGUF files."""
     return any(path.glob("*.gguf"))
 
 

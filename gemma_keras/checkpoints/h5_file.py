@@ -7,7 +7,6 @@ which Keras never writes, are refused: they are how a small file asks for much m
 
 import math
 
-import h5py
 import numpy as np
 
 from gemma_keras.checkpoints.checkpoint import CheckpointError
@@ -37,6 +36,8 @@ class H5File:
         self.shapes = {name: entry[1] for name, entry in self._entries.items()}
 
     def _read_structure(self):
+        import h5py
+
         name = "its structure"
 
         def visit(found, item):
@@ -45,7 +46,8 @@ class H5File:
             if not isinstance(found, str):
                 raise ValueError("a name is not UTF-8")
             if isinstance(item, h5py.Dataset):
-                self._entries[found] = _entry(item)
+                plain = item.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
+                self._entries[found] = _entry(item, plain)
 
         try:
             with h5py.File(self.path, "r") as file:
@@ -92,8 +94,11 @@ class H5File:
         self._file.close()
 
 
-def _entry(dataset):
-    """(dtype name, shape, first byte or None, bytes held) of a dataset."""
+def _entry(dataset, plain):
+    """(dtype name, shape, first byte or None, bytes held) of a dataset.
+
+    `plain` says whether its numbers lie in one piece.
+    """
     dtype = dataset.dtype
     name = dtype.name
     # Keras stores bfloat16, which HDF5 does not know, as two opaque bytes.
@@ -102,7 +107,6 @@ def _entry(dataset):
     elif dtype.newbyteorder("<") != dtype:
         name = f"big-endian {name}"
     start = None
-    plain = dataset.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
     if plain and not dataset.external and not dataset.file.userblock_size:
         start = dataset.id.get_offset()
     return name, dataset.shape or (), start, dataset.id.get_storage_size()

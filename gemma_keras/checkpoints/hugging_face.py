@@ -149,9 +149,7 @@ _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
 
 def recognises(path):
-    """Whether `path` is a safetensors file or a directory that holds some."""
-    if path.is_file():
-        return path.suffix == ".safetensors"
+    """Whether the directory `path` holds safetensors."""
     return (path / INDEX).is_file() or any(path.glob("*.safetensors"))
 
 

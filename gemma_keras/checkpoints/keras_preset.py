@@ -43,9 +43,7 @@ _BLOCK = re.compile(r"(gemma3?)_decoder_block(?:_(\d+))?/attention/query_dense/v
 
 
 def recognises(path):
-    """Whether `path` is a Keras weights file or a directory that holds one."""
-    if path.is_file():
-        return path.suffix == ".h5" or path.name.endswith(".weights.json")
+    """Whether the directory `path` holds weights as KerasHub names them."""
     return any((path / name).is_file() for name in (WEIGHTS, SHARDS))
 
 

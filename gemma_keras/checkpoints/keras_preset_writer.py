@@ -15,7 +15,6 @@ import uuid
 import warnings
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from gemma_keras.checkpoints import keras_layout
@@ -159,6 +158,8 @@ def _replacing(directory):
 
 
 def _write_weights(folder, config, dtype, tensors, max_shard_size):
+    import h5py
+
     shards = _shards(config, FLOAT_DTYPES[dtype].itemsize, max_shard_size)
     weight_map, total = {}, 0
     for number, paths in enumerate(shards):

@@ -436,6 +436,16 @@ def test_several_files_in_a_directory(tmp_path, files):
         open_checkpoint(tmp_path)
 
 
+def test_directory_with_safetensors_beside_a_gguf(tmp_path, files):
+    """As in the repository of Gemma 2B: the safetensors are the model."""
+    config = files.configs["gemma"]
+    arrays = files.weights(config, seed=9)
+    write_floats(tmp_path / "m.gguf", files, config)
+    files.write_hugging_face(tmp_path, config, arrays)
+    with open_checkpoint(tmp_path) as checkpoint:
+        files.assert_same_weights(checkpoint, arrays)
+
+
 @pytest.mark.real
 @pytest.mark.slow
 def test_gemma_3_270m(gemma3_270m_file, gemma3_tokenizer_file):

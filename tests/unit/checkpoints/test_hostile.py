@@ -227,10 +227,15 @@ def test_mislabelled_formats(tmp_path, files):
     fails(a, "states a header of", tensors)
     h5.write_bytes(kept)
     fails(b, "is not an HDF5 file", h5)
+    # The content counts, not the name.
     (tmp_path / "m.gguf").write_bytes(kept)
+    fails(tmp_path / "m.gguf", r"config\.json: is missing", tmp_path)
+    (tmp_path / "m.gguf").write_bytes(b"x" + kept)
     fails(tmp_path / "m.gguf", "is not a GGUF file")
     (tmp_path / "m.safetensors").write_bytes(b"GGUF" + kept)
-    fails(tmp_path / "m.safetensors", "version")
+    fails(tmp_path / "m.safetensors", "GGUF version")
+    (tmp_path / "nameless").write_bytes(b"\x89HDF\r\n\x1a\n")
+    fails(tmp_path / "nameless", "is damaged")
 
 
 # Indexes of shards

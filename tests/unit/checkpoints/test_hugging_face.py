@@ -36,6 +36,9 @@ def test_path_of_the_file_itself(tmp_path, files, config):
     files.write_hugging_face(tmp_path, config, arrays)
     with open_checkpoint(tmp_path / "model.safetensors") as checkpoint:
         files.assert_same_weights(checkpoint, arrays)
+    (tmp_path / "model.safetensors").rename(tmp_path / "nameless")
+    with open_checkpoint(tmp_path / "nameless") as checkpoint:
+        files.assert_same_weights(checkpoint, arrays)
 
 
 @pytest.mark.parametrize(
