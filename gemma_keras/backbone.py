@@ -24,6 +24,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from gemma_keras import backend
 from gemma_keras import cache as kv_cache
 from gemma_keras.config import GemmaConfig
 from gemma_keras.lora import Projection, enable_lora, lora_config
@@ -62,6 +63,7 @@ def rotary_table(positions, head_dim, theta, scaling_factor=1.0):
     """
     exponents = np.arange(0, head_dim, 2, dtype="float64") / head_dim
     frequencies = (1.0 / (theta**exponents * scaling_factor)).astype("float32")
+    frequencies = ops.convert_to_tensor(frequencies)
     angles = ops.cast(positions, "float32")[..., None, None] * frequencies
     return ops.cos(angles), ops.sin(angles)
 
@@ -339,7 +341,10 @@ class GemmaBackbone(keras.Model):
 
     def logits(self, hidden):
         """Logits [..., V], soft cap included, of hidden states [..., D]."""
-        logits = self.token_embedding(hidden, reverse=True)
+        if self.token_embedding.quantization_mode is None:
+            logits = backend.matmul(hidden, self.token_embedding.embeddings, True)
+        else:
+            logits = self.token_embedding(hidden, reverse=True)
         cap = self.config.final_logit_soft_cap
         return logits if cap is None else soft_cap(ops.cast(logits, "float32"), cap)
 
@@ -417,7 +422,7 @@ def default_positions(length, padding_mask=None, segment_ids=None):
     """Positions [B, T] counted from 0 in each row, or in each segment of a row."""
     if segment_ids is not None:
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        earlier = np.tri(length, k=-1, dtype="int32")
+        earlier = ops.convert_to_tensor(np.tri(length, k=-1, dtype="int32"))
         return ops.sum(ops.cast(same, "int32") * earlier, axis=-1)
     if padding_mask is not None:
         counted = ops.cumsum(ops.cast(padding_mask, "int32"), axis=1)

@@ -3,6 +3,9 @@
 The only module that knows which backend runs, and the only one that imports it.
 """
 
+import contextlib
+import contextvars
+
 import keras
 import numpy as np
 from keras import ops
@@ -48,14 +51,69 @@ def tensor_from_array(array, dtype):
 
 
 def all_finite(tensor):
-    """Whether no element is NaN or infinite."""
+    """Whether no element is NaN or infinite, found without a copy of the tensor."""
     if NAME == "torch":
-        # One fast pass; a finite sum has finite terms, another sum needs a look.
-        total = torch.sum(tensor, dtype=torch.float32)
-        return bool(torch.isfinite(total) or torch.isfinite(tensor).all())
+        ends = torch.stack(torch.aminmax(tensor))
+        return bool(torch.isfinite(ends).all())
     if NAME == "jax":
-        return bool(jnp.isfinite(tensor).all())
+        return bool(_jax_all_finite(tensor))
     return bool(tf.reduce_all(tf.math.is_finite(tensor)))
+
+
+if NAME == "jax":
+
+    @jax.jit
+    def _jax_all_finite(tensor):
+        return jnp.isfinite(jnp.max(jnp.abs(tensor)))
+
+
+def matmul(x, kernel, transposed=False):
+    """`x` [..., D] times `kernel` [D, F], or [F, D] if `transposed`.
+
+    In the dtype of `x`, or in float32 where that is what the backend makes anyway.
+    """
+    kernel = ops.convert_to_tensor(kernel)
+    if x.dtype == kernel.dtype and _xla_would_copy(x):
+        return _matmul_bfloat16(x, kernel, transposed)
+    return ops.matmul(x, ops.transpose(kernel) if transposed else kernel)
+
+
+def _xla_would_copy(x):
+    """Whether XLA would make a float32 copy of what `x` is multiplied with.
+
+    On a CPU it does so with bfloat16, for every weight of a program at once, which
+    takes three times the memory of the model. Products of more than one row with a
+    result in float32 are the exception: they have kernels that read bfloat16.
+    """
+    if keras.backend.standardize_dtype(x.dtype) != "bfloat16":
+        return False
+    if NAME == "jax":
+        return _in_program.get() and jax.default_backend() == "cpu"
+    # TensorFlow knows this kind of product inside XLA only.
+    return (
+        NAME == "tensorflow"
+        and _in_program.get()
+        and not tf.config.list_logical_devices("GPU")
+    )
+
+
+def _matmul_bfloat16(x, kernel, transposed):
+    shape = tuple(x.shape)
+    rows = ops.reshape(x, (-1, shape[-1]))
+    alone = rows.shape[0] == 1
+    if alone:
+        rows = ops.concatenate([rows, rows], axis=0)
+    if NAME == "jax":
+        axes = (((1,), (1 if transposed else 0,)), ((), ()))
+        product = jax.lax.dot_general(
+            rows, kernel, axes, preferred_element_type=jnp.float32
+        )
+    else:
+        product = tf.raw_ops.BatchMatMulV3(
+            x=rows, y=kernel, adj_y=transposed, Tout=tf.float32
+        )
+    product = product[:1] if alone else product
+    return ops.reshape(product, (*shape[:-1], product.shape[-1]))
 
 
 def write_slots(buffer, new, start, axis):
@@ -93,7 +151,9 @@ def gumbel(seed, count, shape):
     if NAME == "torch":
         device = torch_device()
         generator = torch.Generator(device)
-        generator.manual_seed((int(seed) << 32) + int(count))
+        # torch's CPU generator looks at 32 bits of its seed only, so mix them first.
+        mixed = np.random.SeedSequence((int(seed), int(count))).generate_state(1)
+        generator.manual_seed(int(mixed[0]))
         exponential = torch.empty(shape, dtype=torch.float32, device=device)
         return -exponential.exponential_(generator=generator).log()
     uniform = tf.random.stateless_uniform(
@@ -123,6 +183,18 @@ def loop(condition, body, state):
     return tf.while_loop(condition, lambda state: (body(state),), (state,))[0]
 
 
+_in_program = contextvars.ContextVar("in_program", default=False)
+
+
+@contextlib.contextmanager
+def _tracing():
+    token = _in_program.set(True)
+    try:
+        yield
+    finally:
+        _in_program.reset(token)
+
+
 class Program:
     """A function of arrays, compiled the backend's way, that reads a model's weights.
 
@@ -140,13 +212,17 @@ class Program:
             donate = () if donated is None else (donated + 1,)
             self._compiled = jax.jit(self._with_values, donate_argnums=donate)
         elif NAME == "tensorflow":
-            self._compiled = tf.function(function, jit_compile=True)
+            self._compiled = tf.function(self._traced, jit_compile=True)
             self._concrete = {}
 
     def _with_values(self, values, *arguments):
         # Weights are arguments: closed over, XLA would keep them as constants.
         mapping = list(zip(self.variables, values, strict=True))
         with keras.StatelessScope(state_mapping=mapping):
+            return self._traced(*arguments)
+
+    def _traced(self, *arguments):
+        with _tracing():
             return self.function(*arguments)
 
     def __call__(self, *arguments):

@@ -1,6 +1,7 @@
 """`GemmaCausalLM`: text in, text out, and `fit()` on text."""
 
 import keras
+import ml_dtypes
 from keras import ops
 
 from gemma_keras import data, generation, loading, samplers, text_generation
@@ -80,7 +81,8 @@ class GemmaCausalLM(keras.Model):
     def save_to_preset(self, directory, *, overwrite=False, max_shard_size=10):
         """Write a directory that `from_preset`, ours and KerasHub's, loads again.
 
-        Low-rank updates are merged into the kernels that are written.
+        Low-rank updates are merged into the kernels that are written. What KerasHub
+        would compute otherwise than this package is said in a warning.
 
         Args:
             directory: where to; it appears when it is complete.
@@ -88,22 +90,20 @@ class GemmaCausalLM(keras.Model):
             max_shard_size: largest weights file in GB; more makes shards.
         """
         # Here, since h5py costs every start and few runs write.
-        from gemma_keras.checkpoints import keras_preset
+        from gemma_keras.checkpoints import keras_preset_writer
 
-        text = {}
-        if self.preprocessor is not None:
-            names = ("sequence_length", "add_start_token", "add_end_token")
-            settings = {name: getattr(self.preprocessor, name) for name in names}
-            text["tokenizer"] = self.preprocessor.tokenizer
-            text["preprocessor_config"] = settings
-        keras_preset.save(
+        preprocessor = self.preprocessor
+        settings = {} if preprocessor is None else preprocessor.get_config()
+        keras_preset_writer.save(
             directory,
             self.config,
             self.backbone.variable_dtype,
             loading.weight_reader(self.backbone),
-            **text,
-            overwrite=overwrite,
+            tokenizer=settings.pop("tokenizer", None) and preprocessor.tokenizer,
+            preprocessor_config=settings or None,
             max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            strict=False,
         )
 
     @property
@@ -149,11 +149,14 @@ class GemmaCausalLM(keras.Model):
         return {
             **super().get_compile_config(),
             "sampler": keras.saving.serialize_keras_object(self.sampler),
+            "optimizer_has_state": bool(self.optimizer and self.optimizer.built),
         }
 
     def compile_from_config(self, config):
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.optimizer is not None:
+        config = keras.saving.deserialize_keras_object(config)
+        has_state = config.pop("optimizer_has_state")
+        self.compile(**config)
+        if has_state:
             self.optimizer.build(self.trainable_variables)
 
     def fit(
@@ -170,12 +173,39 @@ class GemmaCausalLM(keras.Model):
             validation_data: in the same forms.
             **kwargs: further arguments of `keras.Model.fit`.
         """
-        x, y, sample_weight = data.prepare(x, y, sample_weight, self.preprocessor)
+        self._check_optimizer()
+        x, y, sample_weight = data.prepare(
+            x, y, sample_weight, self.preprocessor, bool(kwargs.get("steps_per_epoch"))
+        )
+        if isinstance(x, data.PreprocessedDataset) and not x.indexed:
+            # It comes in its own order, whatever index Keras asks for.
+            kwargs["shuffle"] = False
         if validation_data is not None:
             validation_data = self._prepare_validation(validation_data)
         return super().fit(
             x, y, sample_weight=sample_weight, validation_data=validation_data, **kwargs
         )
+
+    def _check_optimizer(self):
+        """Refuse an Adam that would silently change nothing.
+
+        Keras computes in the dtype of the weight. In bfloat16 a beta_2 of 0.999 is 1,
+        the bias correction 1 - beta_2 ** t is 0, and so is every step.
+        """
+        beta = getattr(self.optimizer, "beta_2", None)
+        if beta is None or float(ml_dtypes.bfloat16(beta)) < 1:
+            return
+        if any(
+            keras.backend.standardize_dtype(variable.dtype) == "bfloat16"
+            for variable in self.trainable_variables
+        ):
+            raise ValueError(
+                f"{type(self.optimizer).__name__} with beta_2={beta} cannot train "
+                "bfloat16 weights: rounded to bfloat16 it is 1, and every step is 0. "
+                "Call backbone.enable_lora(rank), whose factors are float32; or load "
+                'with dtype="mixed_bfloat16", which keeps float32 weights; or lower '
+                "beta_2 to 0.99."
+            )
 
     def _prepare_validation(self, validation_data):
         if not isinstance(validation_data, tuple):

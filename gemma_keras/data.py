@@ -29,46 +29,56 @@ def is_dataset(x):
 
 
 class PreprocessedDataset(keras.utils.PyDataset):
-    """The batches of a dataset of raw text, turned to arrays as they are asked for.
+    """The batches of a dataset of known length, made arrays as they are asked for.
 
-    Batches that hold token ids already pass through unchanged. The dataset is iterated
-    anew in each epoch; a generator can be iterated only once, as in Keras.
+    Batches that hold token ids already pass through unchanged. What has no order of
+    its own to be asked in, such as a DataLoader, comes in the order it comes.
     """
 
     def __init__(self, dataset, preprocessor):
         super().__init__(workers=1)
         self.dataset, self.preprocessor = dataset, preprocessor
-        self.iterator = None
-        indexed = isinstance(dataset, keras.utils.PyDataset)
-        self.batches = _size(dataset) if not indexed else dataset.num_batches
-        self.indexed = indexed
+        self.indexed = isinstance(dataset, keras.utils.PyDataset)
+        self.iterator = iter(())
 
     @property
     def num_batches(self):
-        return self.batches
+        return self.dataset.num_batches if self.indexed else len(self.dataset)
 
     def __getitem__(self, index):
         if self.indexed:
             return prepare_batch(self.dataset[index], self.preprocessor)
-        if self.iterator is None or index == 0:
+        if index == 0:
             self.iterator = iter(self.dataset)
-        try:
-            batch = next(self.iterator)
-        except StopIteration:
-            self.iterator = iter(self.dataset)
-            batch = next(self.iterator)
-        return prepare_batch(batch, self.preprocessor)
+        return prepare_batch(next(self.iterator), self.preprocessor)
 
     def on_epoch_end(self):
         if self.indexed:
             self.dataset.on_epoch_end()
 
 
-def _size(dataset):
-    try:
-        return len(dataset)
-    except TypeError:
-        return None
+def prepare_dataset(dataset, preprocessor, endless):
+    """`dataset`, its raw batches made arrays.
+
+    One without a length is read once; or again and again if it is `endless`, as it is
+    where the caller says how many batches make an epoch.
+    """
+    if isinstance(dataset, keras.utils.PyDataset) or hasattr(dataset, "__len__"):
+        try:
+            len(dataset)
+        except TypeError:  # tf.data, of unknown or infinite length
+            pass
+        else:
+            return PreprocessedDataset(dataset, preprocessor)
+
+    def batches():
+        again = True
+        while again:
+            for batch in dataset:
+                yield prepare_batch(batch, preprocessor)
+            again = endless and iter(dataset) is not dataset
+
+    return batches()
 
 
 def prepare_batch(batch, preprocessor):
@@ -77,12 +87,12 @@ def prepare_batch(batch, preprocessor):
     return preprocessor(x) if is_raw(x) else batch
 
 
-def prepare(x, y, sample_weight, preprocessor):
+def prepare(x, y, sample_weight, preprocessor, endless=False):
     """`(x, y, sample_weight)` as Keras takes them, from anything that `fit` may get."""
     if preprocessor is None or x is None:
         return x, y, sample_weight
     if is_dataset(x):
-        return PreprocessedDataset(x, preprocessor), y, sample_weight
+        return prepare_dataset(x, preprocessor, endless), y, sample_weight
     if not is_raw(x):
         return x, y, sample_weight
     if y is not None or sample_weight is not None:

@@ -7,6 +7,8 @@ of W is ever formed (Hu et al. 2021, arXiv:2106.09685). Factors are 2-D, as in P
 import keras
 from keras import ops
 
+from gemma_keras import backend
+
 DEFAULT_TARGETS = ("query", "value")
 
 
@@ -34,15 +36,6 @@ class Projection(keras.layers.Dense):
 
         They are float32 whatever the kernel is: small steps vanish in bfloat16.
         """
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
-            raise ValueError(f"rank must be a positive integer, got {rank!r}.")
-        if alpha is not None and not alpha > 0:
-            raise ValueError(f"alpha must be a positive number, got {alpha!r}.")
-        if self.lora_a is not None:
-            raise ValueError(
-                f"{self.path} already has a low-rank update of rank {self.lora_rank}. "
-                "It can be added once."
-            )
         self.lora_rank, self.lora_alpha = rank, alpha or rank
         self._tracker.unlock()
         self.lora_a = self.add_weight(
@@ -60,7 +53,8 @@ class Projection(keras.layers.Dense):
         self._tracker.lock()
 
     def call(self, inputs, training=None):
-        return self._add_update(super().call(inputs, training=training), inputs)
+        product = ops.cast(backend.matmul(inputs, self.kernel), inputs.dtype)
+        return self._add_update(product, inputs)
 
     def quantized_call(self, *args, **kwargs):
         return self._add_update(super().quantized_call(*args, **kwargs), args[0])
@@ -89,10 +83,12 @@ class Projection(keras.layers.Dense):
 
     def load_own_variables(self, store):
         names = set(store.keys())
-        if self.lora_a is None and {"lora_a", "lora_b"} & names:
+        known = {variable.name for variable in self.weights}
+        if names - known or not names:
             raise ValueError(
-                f"The file holds a low-rank update for {self.path}, and the model has "
-                "none. Call enable_lora(rank) first."
+                f"The file holds {sorted(names)} for {self.path}, which has "
+                f"{sorted(known)}. If it was saved after enable_lora, call enable_lora "
+                "with the same arguments first."
             )
         for variable in self.weights:
             if variable.name in names:
@@ -100,12 +96,10 @@ class Projection(keras.layers.Dense):
             elif variable is self.lora_b:
                 # A file from before enable_lora: it means no update yet.
                 variable.assign(ops.zeros_like(variable))
-            elif variable is not self.lora_a:
-                raise ValueError(f"The file has no {variable.path}.")
 
 
 def projections(backbone):
-    """Every `Projection` of the backbone, from the first layer to the last."""
+    """Every `Projection` of the backbone."""
     return [
         layer
         for layer in backbone._flatten_layers(include_self=False)
@@ -114,7 +108,14 @@ def projections(backbone):
 
 
 def enable_lora(backbone, rank, target_layer_names=None, alpha=None):
-    """Freeze `backbone` and give the projections of these names a low-rank update."""
+    """Freeze `backbone` and give the projections of these names a low-rank update.
+
+    Raises `ValueError`, and changes nothing, if an argument makes no update.
+    """
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+        raise ValueError(f"rank must be a positive integer, got {rank!r}.")
+    if alpha is not None and not alpha > 0:
+        raise ValueError(f"alpha must be a positive number, got {alpha!r}.")
     targets = tuple(target_layer_names or DEFAULT_TARGETS)
     known = sorted({layer.name for layer in projections(backbone)})
     unknown = sorted(set(targets) - set(known))

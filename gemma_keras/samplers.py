@@ -243,9 +243,9 @@ def filtered_logits(logits, controls, features, seen=None):
 def _keep_top(logits, weights, wanted):
     """Drop all but the highest logits whose `weights` add up to at least `wanted`.
 
-    The lowest logit to keep is found by halving an interval until no float32 lies
-    between its ends: exact, and cheaper than to sort a vocabulary of 256,000. Tokens
-    that tie with it stay.
+    The lowest logit to keep is found by halving an interval 32 times, which is cheaper
+    than to sort a vocabulary of 256,000. Tokens that tie with it, to 2 ** -32 of the
+    range of the logits, stay.
     """
     high = ops.max(logits, axis=-1, keepdims=True)
     # A logit 120 below the highest weighs under 2 ** -149: zero in float32.

@@ -1,0 +1,339 @@
+"""generate, stream, chat and score, as a user calls them."""
+
+import itertools
+
+import numpy as np
+import pytest
+from keras import ops
+
+from gemma_keras import samplers
+
+PROMPT = "The cat"
+# No stop token, so that a random model says as much as it is asked to.
+FREE = {"stop_token_ids": ()}
+
+
+def ids_of(lm, prompt=PROMPT, **options):
+    options = {**FREE, "max_new_tokens": 12, **options}
+    return lm.generate(prompt, return_log_probs=True, **options).token_ids
+
+
+def naive_greedy(lm, prompt, count):
+    """The plain way: a whole forward pass for every token."""
+    ids = lm.preprocessor.encode_prompt(prompt)
+    start = len(ids)
+    for _ in range(count):
+        logits = ops.convert_to_numpy(lm({"token_ids": np.array([ids])}))
+        ids = [*ids, int(logits[0, -1].argmax())]
+    return ids[start:]
+
+
+def test_greedy_is_what_the_plain_forward_pass_says(lm):
+    assert ids_of(lm, max_new_tokens=30) == naive_greedy(lm, PROMPT, 30)
+
+
+def test_a_batch_gives_each_prompt_what_it_gets_alone(lm):
+    prompts = ["The cat", "A dog came by and asked the cat what it had", "Two"]
+    together = lm.generate(prompts, max_new_tokens=20, **FREE)
+    alone = [lm.generate(prompt, max_new_tokens=20, **FREE) for prompt in prompts]
+    assert together == alone
+    assert all(text.startswith(p) for text, p in zip(together, prompts, strict=True))
+
+
+def test_a_string_gives_a_string_and_a_list_a_list(lm):
+    assert isinstance(lm.generate("The", max_new_tokens=2), str)
+    assert isinstance(lm.generate(["The"], max_new_tokens=2), list)
+    assert lm.generate(np.array(["The"]), max_new_tokens=2) == lm.generate(
+        ["The"], max_new_tokens=2
+    )
+
+
+def test_strip_prompt_leaves_the_prompt_out(lm):
+    whole = lm.generate(PROMPT, max_new_tokens=8, **FREE)
+    assert whole == PROMPT + lm.generate(
+        PROMPT, max_new_tokens=8, strip_prompt=True, **FREE
+    )
+
+
+def test_max_length_counts_the_prompt_and_max_new_tokens_does_not(lm):
+    prompt_length = len(lm.preprocessor.encode_prompt(PROMPT))
+    assert len(ids_of(lm, max_new_tokens=None, max_length=prompt_length + 5)) == 5
+    assert len(ids_of(lm, max_new_tokens=5)) == 5
+    assert len(ids_of(lm, max_new_tokens=9, max_length=prompt_length + 5)) == 5
+    # Neither given: the preprocessor's sequence_length, as in KerasHub.
+    whole = ids_of(lm, max_new_tokens=None)
+    assert len(whole) == lm.preprocessor.sequence_length - prompt_length
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_in_the_text(lm):
+    answer = ids_of(lm)
+    stop = answer[5]
+    first = answer.index(stop)
+    stopped = ids_of(lm, stop_token_ids=[0, stop])
+    assert stopped == answer[: first + 1]
+    text = lm.generate(
+        PROMPT, max_new_tokens=12, stop_token_ids=[stop], strip_prompt=True
+    )
+    assert text == lm.preprocessor.tokenizer.decode(answer[:first])
+
+
+def test_rows_of_a_batch_stop_each_at_its_own_time(lm):
+    prompts = ["The cat", "A dog came by and"]
+    answers = [ids_of(lm, prompt) for prompt in prompts]
+    stop = answers[0][4]
+    results = lm.generate(
+        prompts, max_new_tokens=12, stop_token_ids=[stop], return_log_probs=True
+    )
+    for result, answer in zip(results, answers, strict=True):
+        expected = answer[: answer.index(stop) + 1] if stop in answer else answer
+        assert result.token_ids == expected
+        assert len(result.log_probs) == len(expected)
+
+
+@pytest.mark.parametrize("start", [1, 3, 8])
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_a_stop_string_ends_the_answer_also_across_tokens(lm, start, length):
+    options = {"max_new_tokens": 24, "strip_prompt": True, **FREE}
+    text = lm.generate(PROMPT, **options)
+    stop = text[start : start + length]
+    expected = text[: text.index(stop)]
+    assert lm.generate(PROMPT, stop=stop, **options) == expected
+    assert lm.generate(PROMPT, stop=["never said", stop], **options) == expected
+    del options["strip_prompt"]
+    assert "".join(lm.stream(PROMPT, stop=stop, **options)) == expected
+
+
+def test_a_stream_is_the_answer_in_pieces(lm):
+    pieces = list(lm.stream(PROMPT, max_new_tokens=20, **FREE))
+    expected = lm.generate(PROMPT, max_new_tokens=20, strip_prompt=True, **FREE)
+    assert "".join(pieces) == expected
+    assert len(pieces) > 5
+
+
+def test_a_stream_can_be_left_early(lm):
+    stream = lm.stream(PROMPT, max_new_tokens=20, **FREE)
+    first = list(itertools.islice(stream, 2))
+    stream.close()
+    again = list(itertools.islice(lm.stream(PROMPT, max_new_tokens=20, **FREE), 2))
+    assert first == again
+
+
+def test_log_probs_are_those_of_score(lm):
+    answer = lm.generate(PROMPT, max_new_tokens=9, return_log_probs=True, **FREE)
+    prompt = lm.preprocessor.encode_prompt(PROMPT)
+    ids = np.array([[*prompt, *answer.token_ids]])
+    scored = ops.convert_to_numpy(lm.score(ids, scoring_mode="log_probs"))
+    expected = scored[0, len(prompt) - 1 : -1]
+    np.testing.assert_allclose(answer.log_probs, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        samplers.RandomSampler(),
+        samplers.TopKSampler(k=4, temperature=1.5),
+        samplers.TopPSampler(p=0.7),
+        samplers.MinPSampler(p=0.05),
+        samplers.Sampler(top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2),
+    ],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_a_seed_makes_random_answers_repeatable(lm, sampler):
+    first = ids_of(lm, sampler=sampler, seed=3)
+    assert ids_of(lm, sampler=sampler, seed=3) == first
+    others = [ids_of(lm, sampler=sampler, seed=seed) for seed in range(4, 8)]
+    assert any(other != first for other in others)
+
+
+def test_settings_change_without_compiling_anew(lm):
+    engine = lm._engine
+    ids_of(lm, sampler=samplers.TopKSampler(k=4, temperature=1.0), seed=1)
+    programs = dict(engine._programs)
+    ids_of(lm, sampler=samplers.TopKSampler(k=9, temperature=0.3), seed=2)
+    ids_of(lm, "A dog", sampler=samplers.TopKSampler(k=2), seed=2, stop_token_ids=[5])
+    assert engine._programs == programs
+
+
+def test_two_prompts_of_different_length_compile_once(new_lm, backend):
+    lm = new_lm()
+    ids_of(lm, "The cat")
+    counts = compiled(lm)
+    ids_of(lm, "The cat sat on the mat and looked")
+    ids_of(lm, "Two", max_new_tokens=7)
+    assert compiled(lm) == counts
+    if backend != "torch":
+        assert counts and all(counts)
+
+
+def compiled(lm):
+    """How many times each program was compiled, as the backend counts it."""
+    sizes = []
+    for program in lm._engine._programs.values():
+        if hasattr(program, "_concrete"):
+            sizes.append(len(program._concrete))
+        elif hasattr(program, "_compiled"):
+            sizes.append(program._compiled._cache_size())
+    return sizes
+
+
+def test_repetition_penalty_avoids_what_was_said(lm):
+    strong = samplers.Sampler(temperature=0.0, repetition_penalty=1e6)
+    ids = ids_of(lm, sampler=strong, max_new_tokens=25)
+    prompt = lm.preprocessor.encode_prompt(PROMPT)
+    assert len(set(ids)) == len(ids)
+    assert not set(ids) & set(prompt)
+
+
+def test_beam_search_of_two_tokens_is_exhaustive_when_wide_enough(lm):
+    prompt = lm.preprocessor.encode_prompt(PROMPT)
+    logits = ops.convert_to_numpy(lm.score([prompt]))[0, -1].astype("float64")
+    vocab = len(logits)
+    both = np.array([[*prompt, i] for i in range(vocab)])
+    second = ops.convert_to_numpy(lm.score(both))[:, -1].astype("float64")
+    totals = log_softmax(logits)[:, None] + log_softmax(second)
+    best = np.unravel_index(totals.argmax(), totals.shape)
+    found = ids_of(lm, sampler=samplers.BeamSampler(num_beams=vocab), max_new_tokens=2)
+    assert found == [int(i) for i in best]
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def test_one_beam_is_greedy_and_more_beams_are_no_worse(lm):
+    def total(beams):
+        answer = lm.generate(
+            [PROMPT, "A dog came"],
+            max_new_tokens=6,
+            sampler=samplers.BeamSampler(num_beams=beams),
+            return_log_probs=True,
+            **FREE,
+        )
+        return answer, [sum(a.log_probs) for a in answer]
+
+    one, totals = total(1)
+    assert one[0].token_ids == ids_of(lm, max_new_tokens=6)
+    four, better = total(4)
+    assert all(b >= a - 1e-4 for a, b in zip(totals, better, strict=True))
+    assert len(four[0].token_ids) == 6
+
+
+def test_beams_stop_at_stop_tokens(lm):
+    beam = samplers.BeamSampler(num_beams=3)
+    free = ids_of(lm, sampler=beam, max_new_tokens=8)
+    stopped = ids_of(lm, sampler=beam, max_new_tokens=8, stop_token_ids=[free[0]])
+    if free[0] in stopped:
+        assert stopped.index(free[0]) == len(stopped) - 1
+    else:
+        assert len(stopped) == 8
+
+
+def test_compile_sets_the_default_sampler(new_lm):
+    lm = new_lm()
+    greedy = ids_of(lm)
+    lm.compile(sampler=samplers.TopKSampler(k=1))
+    assert ids_of(lm) == greedy
+    lm.compile(sampler=samplers.RandomSampler(seed=5, temperature=3.0))
+    hot = ids_of(lm)
+    assert hot == ids_of(lm, seed=5) != greedy
+    assert ids_of(lm, sampler="greedy") == greedy
+
+
+def test_token_ids_in_token_ids_out(lm):
+    prompts = [lm.preprocessor.encode_prompt(p) for p in ("The cat", "A dog came by")]
+    width = max(map(len, prompts))
+    ids, mask = np.zeros((2, width), "int32"), np.zeros((2, width), bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+        mask[row, : len(prompt)] = True
+    out = lm.generate({"token_ids": ids, "padding_mask": mask}, max_length=20, **FREE)
+    assert out["token_ids"].shape == out["padding_mask"].shape == (2, 20)
+    for row, prompt in enumerate(prompts):
+        kept = out["token_ids"][row][out["padding_mask"][row]].tolist()
+        text = ("The cat", "A dog came by")[row]
+        assert kept == prompt + ids_of(lm, text, max_new_tokens=20 - len(prompt))
+
+
+def test_a_chat_keeps_its_cache_and_says_what_a_fresh_one_would(lm):
+    chat = lm.start_chat(max_new_tokens=6)
+    first = chat.send("the moon")
+    cached = list(chat._cached)
+    second = chat.send("and the sea and the stars until the sun came up")
+    assert len(chat.history) == 4
+    assert chat._cached[: len(cached)] == cached
+    # Without a cache: the same messages as one prompt.
+    messages = chat.history[:3]
+    assert messages[1] == {"role": "assistant", "content": first}
+    assert lm.generate(messages, max_new_tokens=6) == second
+
+
+def test_a_chat_whose_history_is_edited_reads_it_anew(lm):
+    chat = lm.start_chat(max_new_tokens=5)
+    chat.send("the moon")
+    chat.history[1] = {"role": "assistant", "content": "a cat"}
+    reply = chat.send("the sea")
+    assert reply == lm.generate(chat.history[:3], max_new_tokens=5)
+    chat.reset()
+    assert chat.history == []
+
+
+def test_a_system_message_goes_into_the_first_turn(lm):
+    chat = lm.start_chat(system="Two birds", max_new_tokens=5)
+    reply = chat.send("sang")
+    user = {"role": "user", "content": "Two birds\n\nsang"}
+    assert reply == lm.generate([user], max_new_tokens=5)
+
+
+def test_a_chat_that_outgrows_its_first_buffers_goes_on(lm):
+    chat = lm.start_chat(max_new_tokens=30, **FREE)
+    chat.send("the moon")
+    reply = chat.send("the sea and the stars and the mice and the milk")
+    messages = chat.history[:3]
+    assert reply == lm.generate(messages, max_new_tokens=30, **FREE)
+
+
+def test_over_long_prompts_are_refused_or_cut_with_a_warning(lm, new_lm):
+    long = "the cat " * 40
+    with pytest.raises(ValueError, match="at most 9 fit"):
+        lm.generate(long, max_length=10)
+    other = new_lm()
+    other.preprocessor.truncate = "warn"
+    with pytest.warns(UserWarning, match="were cut"):
+        text = other.generate(long, max_length=10, strip_prompt=True, **FREE)
+    assert len(other.preprocessor.tokenizer.encode(text)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be a positive integer"),
+        ({"max_length": -1}, "max_length must be a positive integer"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be a positive integer"),
+        ({"stop": ""}, "stop must be a string"),
+        ({"stop": [3]}, "stop must be a string"),
+        ({"stop_token_ids": "eos"}, "stop_token_ids must be"),
+        ({"stop_token_ids": range(40)}, "At most 16 stop_token_ids"),
+        ({"sampler": "nucleus"}, "sampler must be one of 'greedy'"),
+        ({"seed": -1}, "seed must be an integer"),
+        ({"seed": "x"}, "seed must be an integer"),
+    ],
+)
+def test_bad_options_are_refused_with_what_is_allowed(lm, options, message):
+    with pytest.raises(ValueError, match=message):
+        lm.generate(PROMPT, **options)
+
+
+@pytest.mark.parametrize("prompt", [[], 3, None, [3], {"x": 1}])
+def test_bad_prompts_are_refused(lm, prompt):
+    with pytest.raises((ValueError, TypeError)):
+        lm.generate(prompt, max_new_tokens=2)
+
+
+def test_streams_refuse_bad_input_before_the_first_piece(lm):
+    with pytest.raises(ValueError, match="at most 9 fit"):
+        lm.stream("the cat " * 40, max_length=10)
+    with pytest.raises(ValueError, match="Beam search"):
+        lm.stream(PROMPT, sampler="beam")
+    with pytest.raises(TypeError, match="Unknown option"):
+        lm.stream(PROMPT, max_tokens=3)

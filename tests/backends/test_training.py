@@ -1,0 +1,193 @@
+"""fit, evaluate and predict on text, and the gradients beneath them."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+PAIRS = {
+    "prompts": ["The cat sat on", "A dog came", "Two birds", "They talked of"],
+    "responses": [" the mat", " by and asked", " sang 12 songs", " stars, of mice"],
+}
+CHAT = [
+    {"role": "user", "content": "the moon"},
+    {"role": "assistant", "content": "a cat"},
+]
+
+
+def compiled(lm, learning_rate=0.01):
+    lm.compile(optimizer=keras.optimizers.Adam(learning_rate))
+    return lm
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        ["The cat sat on the mat", "A dog came by"] * 2,
+        np.array(["The cat sat on the mat", "A dog came by"] * 2),
+        PAIRS,
+        [CHAT] * 4,
+    ],
+    ids=["texts", "array", "pairs", "chats"],
+)
+def test_fit_takes_text_and_learns_it(new_lm, x):
+    lm = compiled(new_lm())
+    history = lm.fit(x, batch_size=2, epochs=4, verbose=0).history
+    assert history["loss"][-1] < 0.8 * history["loss"][0]
+
+
+def test_fit_on_text_is_fit_on_its_arrays(new_lm):
+    one, two = compiled(new_lm()), compiled(new_lm())
+    texts = one.fit(PAIRS, batch_size=2, epochs=2, shuffle=False, verbose=0)
+    x, y, weights = two.preprocessor(PAIRS)
+    arrays = two.fit(
+        x, y, sample_weight=weights, batch_size=2, epochs=2, shuffle=False, verbose=0
+    )
+    np.testing.assert_allclose(texts.history["loss"], arrays.history["loss"], rtol=1e-6)
+
+
+def test_the_loss_is_the_mean_negative_log_probability(new_lm):
+    """Keras divides by all B * T positions, weighted or not."""
+    lm = compiled(new_lm())
+    x, y, weights = lm.preprocessor(PAIRS)
+    log_probs = ops.convert_to_numpy(
+        lm.score(x["token_ids"], x["padding_mask"], "log_probs", target_ids=y)
+    )
+    expected = -(log_probs * weights).sum() / weights.size
+    found = lm.evaluate(PAIRS, batch_size=4, verbose=0)[0]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+class Batches(keras.utils.PyDataset):
+    """Two batches of pairs, the second shorter."""
+
+    def __init__(self):
+        super().__init__()
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        rows = slice(0, 3) if index == 0 else slice(3, 4)
+        return {key: values[rows] for key, values in PAIRS.items()}
+
+
+def generator():
+    for _ in range(2):
+        yield ["The cat sat on the mat", "A dog came by"]
+
+
+@pytest.mark.parametrize(
+    "dataset", [Batches, generator], ids=["pydataset", "generator"]
+)
+def test_fit_takes_datasets_of_raw_batches(new_lm, dataset):
+    lm = compiled(new_lm())
+    history = lm.fit(dataset(), epochs=1, steps_per_epoch=2, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+
+
+def test_fit_takes_the_datasets_of_the_backend(new_lm, backend):
+    texts = ["The cat sat on the mat", "A dog came by"] * 2
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        dataset = tf.data.Dataset.from_tensor_slices(texts).batch(2)
+    elif backend == "torch":
+        import torch
+
+        dataset = torch.utils.data.DataLoader(texts, batch_size=2)
+    else:
+        dataset = [texts[:2], texts[2:]]
+        dataset = type("Batches", (), {"__iter__": lambda self: iter(dataset)})()
+    steps = None if backend != "jax" else 2
+    one, two = compiled(new_lm()), compiled(new_lm())
+    found = one.fit(dataset, epochs=3, steps_per_epoch=steps, verbose=0).history
+    expected = two.fit(texts, batch_size=2, epochs=3, shuffle=False, verbose=0).history
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-4)
+
+
+def test_validation_data_may_be_text(new_lm):
+    lm = compiled(new_lm())
+    history = lm.fit(
+        PAIRS, validation_data=PAIRS, batch_size=4, epochs=2, verbose=0
+    ).history
+    after = lm.evaluate(PAIRS, batch_size=4, verbose=0)[0]
+    assert history["val_loss"][-1] == pytest.approx(after, rel=1e-5)
+
+
+def test_predict_gives_logits_of_text(new_lm):
+    lm = new_lm()
+    logits = lm.predict(["The cat"], verbose=0)
+    x, _, _ = lm.preprocessor(["The cat"])
+    expected = ops.convert_to_numpy(lm(x))
+    keep = x["padding_mask"]
+    np.testing.assert_allclose(logits[keep], expected[keep], atol=1e-4)
+
+
+def test_targets_with_text_are_refused(new_lm):
+    with pytest.raises(ValueError, match="Targets come from the text"):
+        new_lm().fit(["a"], np.zeros((1, 3)))
+
+
+def test_frozen_weights_do_not_move(new_lm):
+    lm = new_lm()
+    lm.backbone.enable_lora(2)
+    compiled(lm, 0.05)
+    frozen = [v for v in lm.variables if "lora" not in v.path and "seed" not in v.path]
+    frozen = [v for v in frozen if v.path in lm.config.weight_shapes()]
+    before = [ops.convert_to_numpy(v) for v in frozen]
+    history = lm.fit(PAIRS, batch_size=4, epochs=4, verbose=0).history
+    assert history["loss"][-1] < history["loss"][0]
+    for variable, value in zip(frozen, before, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(variable), value)
+
+
+def test_an_adam_that_would_not_move_bfloat16_weights_is_refused(new_lm):
+    lm = compiled(new_lm(dtype="bfloat16"))
+    with pytest.raises(ValueError, match="every step is 0"):
+        lm.fit(PAIRS, verbose=0)
+    lm.backbone.enable_lora(2)
+    history = compiled(lm, 0.05).fit(PAIRS, epochs=4, verbose=0).history
+    assert history["loss"][-1] < history["loss"][0]
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16", "mixed_float16"])
+def test_fit_works_in_every_precision(new_lm, policy):
+    lm = new_lm(dtype=policy)
+    lm.compile(optimizer=keras.optimizers.Adam(0.01, beta_2=0.99))
+    history = lm.fit(PAIRS, batch_size=4, epochs=5, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    assert history["loss"][-1] < history["loss"][0]
+
+
+def test_gradients_reach_the_embeddings_that_are_given(new_lm, backend):
+    """d(logit)/d(embedding) against a central difference."""
+    lm = new_lm()
+    rows = np.random.default_rng(3).normal(size=(1, 5, 24)).astype("float32") * 0.2
+    way = np.random.default_rng(4).normal(size=rows.shape).astype("float32")
+
+    def value(x):
+        return lm({"embeddings": x})[0, -1, 7]
+
+    if backend == "jax":
+        import jax
+
+        gradient = np.asarray(jax.grad(value)(rows))
+    elif backend == "torch":
+        import torch
+
+        x = torch.from_numpy(rows).requires_grad_()
+        value(x).backward()
+        gradient = x.grad.numpy()
+    else:
+        import tensorflow as tf
+
+        x = tf.constant(rows)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = value(x)
+        gradient = tape.gradient(y, x).numpy()
+    step = 1e-2
+    high = float(ops.convert_to_numpy(value(ops.convert_to_tensor(rows + step * way))))
+    low = float(ops.convert_to_numpy(value(ops.convert_to_tensor(rows - step * way))))
+    assert (gradient * way).sum() == pytest.approx((high - low) / (2 * step), rel=0.02)
