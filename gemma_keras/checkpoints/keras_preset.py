@@ -89,9 +89,9 @@ class KerasPresetCheckpoint(Checkpoint):
             weights = next(
                 self.path / name for name in names if (self.path / name).is_file()
             )
-        if weights.suffix == ".h5":
-            return self._add(weights)
-        return self._open_shards(weights)
+        if weights.suffix == ".json":
+            return self._open_shards(weights)
+        return self._add(weights)
 
     def _add(self, path):
         opened = H5File(path)
