@@ -688,6 +688,19 @@ def test_gguf_with_flipped_bytes(tmp_path, gguf_model, edits):
 
 
 @FUZZ
+@given(st.integers(0, 2**32), st.integers(1, 20))
+def test_h5_with_flipped_bytes(preset, seed, count):
+    generator = np.random.default_rng(seed)
+    path, kept = preset / "model.weights.h5", preset / "kept"
+    if not kept.exists():
+        path.rename(kept)
+    data = np.frombuffer(kept.read_bytes(), np.uint8).copy()
+    data[generator.integers(0, data.size, count)] = generator.integers(0, 256, count)
+    path.write_bytes(data.tobytes())
+    survives(preset)
+
+
+@FUZZ
 @given(st.binary(max_size=400))
 def test_random_bytes(tmp_path, data):
     for name, opened in (("a.gguf", GGUFFile), ("a.safetensors", SafetensorsFile)):

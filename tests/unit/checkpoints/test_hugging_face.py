@@ -181,7 +181,7 @@ def test_keys_of_transformers_5(tmp_path, files):
 def test_gemma_3_says_little_and_means_the_class_defaults(tmp_path):
     """The text_config of google/gemma-3-4b-it as published."""
     from gemma_keras import registry
-    from gemma_keras.checkpoints.hugging_face import config_from_json
+    from gemma_keras.checkpoints.hugging_face_config import config_from_json
 
     raw = {
         "hidden_size": 2560,
@@ -199,7 +199,7 @@ def test_gemma_3_says_little_and_means_the_class_defaults(tmp_path):
 
 def test_first_gemma_2_9b_config(tmp_path):
     from gemma_keras import registry
-    from gemma_keras.checkpoints.hugging_face import config_from_json
+    from gemma_keras.checkpoints.hugging_face_config import config_from_json
 
     raw = {
         "model_type": "gemma2",
