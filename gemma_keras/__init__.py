@@ -1,10 +1,8 @@
-"""Gemma on Keras 3: one definition of the model on JAX, PyTorch and TensorFlow.
-
-Names are imported when they are first used, so that the command line can choose the
-backend, and answer `--help`, before Keras is imported.
-"""
+"""Gemma on Keras 3: one definition of the model on JAX, PyTorch and TensorFlow."""
 
 import importlib
+import pathlib
+import sys
 
 __version__ = "0.1.0"
 
@@ -31,3 +29,16 @@ def __getattr__(name):
 
 def __dir__():
     return sorted({*globals(), *__all__})
+
+
+def _is_command():
+    """Whether this is the command line, which imports Keras late or not at all.
+
+    It chooses the backend itself, and `--help` and `info` need none.
+    """
+    return pathlib.Path((getattr(sys, "argv", None) or [""])[0]).stem == "gemma-keras"
+
+
+if not _is_command():
+    # Keras can load a saved model only if its classes were imported and registered.
+    importlib.import_module(f"{__name__}.causal_lm")

@@ -92,7 +92,7 @@ def visible(query_positions, key_positions, window=None):
 
 
 def soft_cap(x, cap):
-    """cap * tanh(x / cap): Gemma 2's bound on scores and logits."""
+    """Cap * tanh(x / cap): Gemma 2's bound on scores and logits."""
     return x if cap is None else cap * ops.tanh(x / cap)
 
 
@@ -101,8 +101,10 @@ def attend(query, key, value, mask, config):
 
     Args:
         query: [B, T, N, H], rotated.
-        key, value: [B, K, S, H], keys rotated.
+        key: [B, K, S, H], rotated.
+        value: [B, K, S, H].
         mask: bool, broadcastable to [B, T, S].
+        config: a `GemmaConfig`, for the head counts, the scale and the soft cap.
 
     Returns:
         [B, T, N * H], in the dtype of `value`.

@@ -174,12 +174,12 @@ class GemmaCausalLM(keras.Model):
             **kwargs: further arguments of `keras.Model.fit`.
         """
         self._check_optimizer()
+        if data.is_dataset(x) and not isinstance(x, keras.utils.PyDataset):
+            # It comes in its own order, whatever index Keras asks for.
+            kwargs["shuffle"] = False
         x, y, sample_weight = data.prepare(
             x, y, sample_weight, self.preprocessor, bool(kwargs.get("steps_per_epoch"))
         )
-        if isinstance(x, data.PreprocessedDataset) and not x.indexed:
-            # It comes in its own order, whatever index Keras asks for.
-            kwargs["shuffle"] = False
         if validation_data is not None:
             validation_data = self._prepare_validation(validation_data)
         return super().fit(

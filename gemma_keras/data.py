@@ -11,7 +11,7 @@ def is_raw(x):
     if isinstance(x, str | bytes):
         return True
     if hasattr(x, "dtype"):
-        # Arrays and tensors of text: numpy's object, str and bytes, TensorFlow's string.
+        # Text in numpy is object, str or bytes; in TensorFlow it is string.
         return getattr(x.dtype, "kind", "") in "OSU" or x.dtype == "string"
     if isinstance(x, list | tuple) and x:
         chats = isinstance(x[0], list | tuple) and x[0] and isinstance(x[0][0], dict)
@@ -88,7 +88,10 @@ def prepare_batch(batch, preprocessor):
 
 
 def prepare(x, y, sample_weight, preprocessor, endless=False):
-    """`(x, y, sample_weight)` as Keras takes them, from anything that `fit` may get."""
+    """`(x, y, sample_weight)` as Keras takes them, from anything that `fit` may get.
+
+    `endless` says that a dataset without a length may be read again and again.
+    """
     if preprocessor is None or x is None:
         return x, y, sample_weight
     if is_dataset(x):

@@ -80,7 +80,7 @@ class Engine:
         self._variables = None
 
     def start(self, prompts, plan):
-        """Read `prompts`, lists of token ids, and choose the first token of each row."""
+        """Read `prompts`, lists of token ids, and choose each row's first token."""
         longest = max(len(prompt) for prompt in prompts)
         length = longest if backend.NAME == "torch" else bucket(longest)
         tokens = np.zeros((len(prompts), length), "int32")

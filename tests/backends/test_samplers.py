@@ -1,4 +1,4 @@
-"""Filters against the textbook definition, which sorts; hypothesis chooses the logits."""
+"""Filters against the textbook definition, which sorts, on logits from hypothesis."""
 
 import numpy as np
 import pytest
