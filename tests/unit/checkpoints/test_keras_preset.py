@@ -454,6 +454,30 @@ def test_presets_that_keras_hub_reads(
     _assert_same_types(folder, again)
 
 
+@pytest.mark.reference
+@pytest.mark.filterwarnings("ignore")
+def test_keras_hub_computes_the_same_logits(tmp_path, files, keras_hub, config):
+    """Of a preset that we write, and of the one that KerasHub makes of it."""
+    from gemma_keras.causal_lm import GemmaCausalLM
+
+    arrays = {path: array * 0.3 for path, array in files.weights(config).items()}
+    folder = save(tmp_path / "ours", config, arrays)
+    kind = "Gemma3" if config.use_qk_norm else "Gemma"
+    backbone = getattr(keras_hub.models, f"{kind}Backbone").from_preset(
+        str(folder), dtype="float32"
+    )
+    ids = np.random.default_rng(2).integers(0, config.vocab_size, (2, 17))
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    hidden = backbone(inputs)
+    expected = backbone.token_embedding(hidden, reverse=True)
+    expected = keras.ops.convert_to_numpy(expected)
+    backbone.save_to_preset(str(tmp_path / "theirs"))
+    for preset in (folder, tmp_path / "theirs"):
+        lm = GemmaCausalLM.from_preset(preset)
+        found = keras.ops.convert_to_numpy(lm(inputs))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
 def _sorted(value):
     return json.dumps(value, sort_keys=True)
 
