@@ -23,7 +23,10 @@ COMMANDS = ("generate", "chat", "info", "presets", "demo")
 SCRIPT = pathlib.Path(sys.executable).with_name("gemma-keras")
 PROGRAM = [str(SCRIPT)]
 if not SCRIPT.exists():  # run from a source tree that is not installed
-    PROGRAM = [sys.executable, "-c", "import gemma_keras.cli as c; c.main()"]
+    START = (
+        "import sys; sys.argv[0] = 'gemma-keras'; import gemma_keras.cli as c; c.main()"
+    )
+    PROGRAM = [sys.executable, "-c", START]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ EVERY_NAME = (
     "import gemma_keras; [getattr(gemma_keras, n) for n in gemma_keras.__all__]"
 )
 HELP = (
-    "import sys, gemma_keras.cli\nsys.argv[1:] = ['--help']\n"
+    "import sys; sys.argv = ['gemma-keras', '--help']; import gemma_keras.cli\n"
     "try: gemma_keras.cli.main()\nexcept SystemExit: pass"
 )
 KINDS = {
