@@ -24,10 +24,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from gemma_keras import backend
+from gemma_keras import backend, lora
 from gemma_keras import cache as kv_cache
 from gemma_keras.config import GemmaConfig
-from gemma_keras.lora import Projection, enable_lora, lora_config
+from gemma_keras.lora import Projection
 
 # Finite, so that a query with nothing to see yields numbers, not NaN.
 MASKED = -2.3819763e38
@@ -398,7 +398,23 @@ class GemmaBackbone(keras.Model):
                 `ffw_linear`.
             alpha: the update is multiplied by `alpha / rank`; `rank` by default.
         """
-        enable_lora(self, rank, target_layer_names, alpha)
+        lora.enable_lora(self, rank, target_layer_names, alpha)
+
+    def save_lora_weights(self, filepath):
+        """Write the low-rank factors alone to a `.lora.h5` file."""
+        lora.save_lora_weights(self, filepath)
+
+    def load_lora_weights(self, filepath):
+        """Read what `save_lora_weights` wrote, enabling LoRA as it was if need be."""
+        lora.load_lora_weights(self, filepath)
+
+    @classmethod
+    def from_preset(cls, source, dtype="auto", load_weights=True):
+        """The backbone alone of what `GemmaCausalLM.from_preset` loads."""
+        # A door upstairs, opened when it is called: the model knows no files.
+        from gemma_keras.loading import backbone_from_source
+
+        return backbone_from_source(source, dtype, load_weights)
 
     def get_config(self):
         return {
@@ -406,17 +422,17 @@ class GemmaBackbone(keras.Model):
             "trainable": self.trainable,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "config": dataclasses.asdict(self.config),
-            "lora": lora_config(self),
+            "lora": lora.lora_config(self),
         }
 
     @classmethod
     def from_config(cls, config):
         config = dict(config)
-        lora = config.pop("lora", None)
+        updates = config.pop("lora", None)
         config["config"] = GemmaConfig(**config["config"])
         backbone = cls(**config)
-        if lora:
-            backbone.enable_lora(**lora)
+        if updates:
+            backbone.enable_lora(**updates)
         return backbone
 
 

@@ -5,7 +5,6 @@ import ml_dtypes
 from keras import ops
 
 from gemma_keras import data, generation, loading, samplers, text_generation
-from gemma_keras.backbone import GemmaBackbone
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
@@ -71,11 +70,7 @@ class GemmaCausalLM(keras.Model):
             preprocessor = loading.load_preprocessor(
                 checkpoint, **preprocessor_settings
             )
-            if load_weights:
-                backbone = loading.load_backbone(checkpoint, dtype, progress)
-            else:
-                policy = checkpoint.dtype if dtype == "auto" else dtype
-                backbone = GemmaBackbone(checkpoint.config, dtype=policy)
+            backbone = loading.make_backbone(checkpoint, dtype, load_weights, progress)
         return cls(backbone, preprocessor, logits_dtype=logits_dtype)
 
     def save_to_preset(self, directory, *, overwrite=False, max_shard_size=10):

@@ -258,9 +258,10 @@ class Engine:
     def _beams(self, width, state, limit, controls, stop_ids, limits):
         """Beam search from the state after prefill, whose token is chosen anew."""
         prompts = state.done.shape[0]
-        rows = np.repeat(np.arange(prompts), width)
+        rows = ops.repeat(ops.arange(prompts, dtype="int32"), width)
         scores = np.full((prompts, width), samplers.DROPPED, "float32")
         scores[:, 0] = 0.0
+        scores = ops.convert_to_tensor(scores)
         first = state.last_hidden
         state = _take_rows(state, rows)
         state = state._replace(
@@ -291,11 +292,11 @@ class Engine:
         # A finished beam has one continuation, padding, at no cost.
         idle = np.full((1, vocab), samplers.DROPPED, "float32")
         idle[0, 0] = 0.0
-        steps = ops.where(state.done[:, None], idle, log_probs)
+        steps = ops.where(state.done[:, None], ops.convert_to_tensor(idle), log_probs)
         totals = ops.reshape(scores, (-1, 1)) + steps
         scores, best = ops.top_k(ops.reshape(totals, (prompts, -1)), width)
         best = ops.cast(best, "int32")
-        rows = best // vocab + np.arange(prompts, dtype="int32")[:, None] * width
+        rows = best // vocab + ops.arange(prompts, dtype="int32")[:, None] * width
         rows, token = ops.reshape(rows, -1), ops.reshape(best % vocab, -1)
         log_prob = ops.take(ops.reshape(steps, -1), rows * vocab + token)
         state = self._append(_take_rows(state, rows), token, log_prob, stop_ids, limits)

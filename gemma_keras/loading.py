@@ -17,6 +17,20 @@ def open_source(source, dtype="auto"):
     return open_checkpoint(registry.resolve(source), dtype=quantised_to)
 
 
+def backbone_from_source(source, dtype="auto", load_weights=True):
+    """The `GemmaBackbone` of a preset, path or handle."""
+    with open_source(source, dtype) as checkpoint:
+        return make_backbone(checkpoint, dtype, load_weights)
+
+
+def make_backbone(checkpoint, dtype="auto", load_weights=True, progress=None):
+    """A backbone with the checkpoint's weights, or random ones of the same shapes."""
+    if load_weights:
+        return load_backbone(checkpoint, dtype, progress)
+    policy = checkpoint.dtype if dtype == "auto" else dtype
+    return GemmaBackbone(checkpoint.config, dtype=policy)
+
+
 def load_tokenizer(source):
     """The `GemmaTokenizer` of a preset, path or handle; None if it has none."""
     with open_source(source) as checkpoint:

@@ -4,6 +4,10 @@ The update is a path of its own, never a merged kernel, so that no gradient of t
 of W is ever formed (Hu et al. 2021, arXiv:2106.09685). Factors are 2-D, as in PEFT.
 """
 
+import json
+import pathlib
+
+import h5py
 import keras
 from keras import ops
 
@@ -147,3 +151,83 @@ def lora_config(backbone):
         "alpha": adapted[0].lora_alpha,
         "target_layer_names": sorted({layer.name for layer in adapted}),
     }
+
+
+def save_lora_weights(backbone, filepath):
+    """Write the factors, and what `enable_lora` was given, to a `.lora.h5` file."""
+    path = _checked_path(filepath)
+    config = lora_config(backbone)
+    if config is None:
+        raise ValueError("There is no low-rank update to save: call enable_lora first.")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with h5py.File(partial, "w") as file:
+            file.attrs["gemma_keras"] = json.dumps(config)
+            for name, variable in _factors(backbone).items():
+                file[name] = ops.convert_to_numpy(variable)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_lora_weights(backbone, filepath):
+    """Read a file of `save_lora_weights`, enabling LoRA as it was if need be."""
+    path = _checked_path(filepath)
+    try:
+        with h5py.File(path) as file:
+            config = json.loads(file.attrs.get("gemma_keras", "null"))
+            values = {}
+            file.visititems(
+                lambda name, item: (
+                    values.update({name: item[()]})
+                    if isinstance(item, h5py.Dataset)
+                    else None
+                )
+            )
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: is not a whole HDF5 file ({error}).") from error
+    if config is None:
+        raise ValueError(
+            f"{path}: was not written by save_lora_weights of gemma_keras. KerasHub "
+            "factorises each head for itself, which this layout cannot hold."
+        )
+    present = lora_config(backbone)
+    if present is not None and present != config:
+        raise ValueError(f"{path}: holds LoRA {config}, but the model has {present}.")
+    shapes = _expected_shapes(backbone, config)
+    found = {name: value.shape for name, value in values.items()}
+    if found != shapes:
+        wrong = sorted(set(found.items()) ^ set(shapes.items()))[0]
+        raise ValueError(f"{path}: does not fit this model, see {wrong[0]}.")
+    if present is None:
+        enable_lora(backbone, **config)
+    for name, variable in _factors(backbone).items():
+        variable.assign(values[name])
+
+
+def _checked_path(filepath):
+    path = pathlib.Path(filepath)
+    if not path.name.endswith(".lora.h5"):
+        raise ValueError(f"The file's name must end in .lora.h5, got {path.name!r}.")
+    return path
+
+
+def _factors(backbone):
+    return {
+        variable.path: variable
+        for layer in projections(backbone)
+        if layer.lora_a is not None
+        for variable in (layer.lora_a, layer.lora_b)
+    }
+
+
+def _expected_shapes(backbone, config):
+    shapes = {}
+    for layer in projections(backbone):
+        if layer.name in config["target_layer_names"]:
+            rows, columns = layer.kernel.shape
+            shapes[f"{layer.path}/lora_a"] = (rows, config["rank"])
+            shapes[f"{layer.path}/lora_b"] = (config["rank"], columns)
+    return shapes

@@ -224,15 +224,16 @@ class TextGenerator:
         ids, limit = [], 1
         try:
             while not held.stopped:
-                emitted = int(state.emitted[0])
+                emitted = keras.ops.convert_to_numpy(state.emitted)[0]
                 if emitted > len(ids):
-                    token = int(state.tokens[0, emitted - 1])
+                    tokens = keras.ops.convert_to_numpy(state.tokens)
+                    token = int(tokens[0, emitted - 1])
                     ids.append(token)
                     if token not in settings.stop_token_ids:
                         text = held.push(decoder.push(token))
                         if text:
                             yield text
-                if bool(state.done[0]) or held.stopped:
+                if keras.ops.convert_to_numpy(state.done)[0] or held.stopped:
                     break
                 limit += 1
                 state = self.engine.advance(state, plan, limit)

@@ -26,7 +26,7 @@ CONFIG = GemmaConfig(
     sliding_window=6,
     use_qk_norm=True,
     use_post_norms=True,
-    max_position=128,
+    max_position=512,
 )
 
 TEXT = """The cat sat on the mat and looked at the moon for a long while.

@@ -201,3 +201,36 @@ def test_presets_are_written_with_updates_merged(new_lm, tmp_path):
     np.testing.assert_allclose(logits(again), logits(lm), atol=2e-5)
     assert again.config == lm.config
     assert len(again.variables) < len(lm.variables)
+
+
+def test_lora_weights_have_a_file_of_their_own(new_lm, tmp_path):
+    lm, other = new_lm(), new_lm()
+    lm.backbone.enable_lora(3, target_layer_names=["query", "ffw_linear"], alpha=7)
+    shake(lm)
+    lm.backbone.save_lora_weights(tmp_path / "a.lora.h5")
+    other.backbone.load_lora_weights(tmp_path / "a.lora.h5")
+    np.testing.assert_array_equal(logits(other), logits(lm))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.lora.h5"]
+
+
+def test_lora_files_that_do_not_fit_are_refused_and_change_nothing(new_lm, tmp_path):
+    lm, plain = new_lm(), new_lm()
+    lm.backbone.enable_lora(3)
+    path = tmp_path / "a.lora.h5"
+    lm.backbone.save_lora_weights(path)
+    with pytest.raises(ValueError, match="no low-rank update to save"):
+        plain.backbone.save_lora_weights(path)
+    with pytest.raises(ValueError, match=r"must end in \.lora\.h5"):
+        lm.backbone.save_lora_weights(tmp_path / "a.h5")
+    with pytest.raises(FileNotFoundError):
+        plain.backbone.load_lora_weights(tmp_path / "b.lora.h5")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a whole HDF5 file"):
+        plain.backbone.load_lora_weights(path)
+    path.write_bytes(whole)
+    other = new_lm()
+    other.backbone.enable_lora(2)
+    with pytest.raises(ValueError, match="but the model has"):
+        other.backbone.load_lora_weights(path)
+    assert len(plain.trainable_variables) == len(plain.variables)
