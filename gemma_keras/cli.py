@@ -95,7 +95,6 @@ class Model:
 
     def load(self):
         """The `GemmaCausalLM`, with progress on stderr."""
-        choose_backend(self.backend)
         with loading(self.source) as progress:
             return gemma_keras.GemmaCausalLM.from_preset(
                 self.source, dtype=self.dtype.value, progress=progress
@@ -125,7 +124,9 @@ class Sampling:
     repetition_penalty: Annotated[
         float | None, option("Above 1: repeat less.", min=0.0)
     ] = None
-    seed: Annotated[int | None, option("Make the choice repeatable.")] = None
+    seed: Annotated[
+        int | None, option("Make the choice repeatable.", min=0, max=2**31 - 1)
+    ] = None
     stop: Annotated[
         list[str] | None,
         option("Stop before this text; may be given several times."),
@@ -140,17 +141,40 @@ class Sampling:
         temperature = self.temperature
         if temperature is None:
             temperature = 1.0 if filters else 0.0
-        sampler = samplers.Sampler(
-            temperature=temperature,
-            repetition_penalty=self.repetition_penalty,
-            **filters,
-        )
+        try:
+            sampler = samplers.Sampler(
+                temperature=temperature,
+                repetition_penalty=self.repetition_penalty,
+                **filters,
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
         return {
             "max_new_tokens": self.max_new_tokens,
             "stop": self.stop or None,
             "sampler": sampler,
             "seed": self.seed,
         }
+
+
+def read_signature(function):
+    """The parameters of a command, and those of them that stand for several.
+
+    Returns:
+        A list of parameters, in which a dataclass is replaced by its fields, and a dict
+        from the name of a replaced parameter to the dataclass.
+    """
+    groups, parameters = {}, []
+    for parameter in inspect.signature(function).parameters.values():
+        if dataclasses.is_dataclass(parameter.annotation):
+            groups[parameter.name] = parameter.annotation
+            parameters += inspect.signature(parameter.annotation).parameters.values()
+        else:
+            parameters.append(parameter)
+    # By keyword only: then one without a default may follow one with it.
+    kind = inspect.Parameter.KEYWORD_ONLY
+    debug = inspect.Parameter("debug", kind, default=False, annotation=Debug)
+    return [*(each.replace(kind=kind) for each in parameters), debug], groups
 
 
 def command(example):
@@ -164,36 +188,21 @@ def command(example):
     """
 
     def register(function):
-        groups, parameters = {}, []
-        for parameter in inspect.signature(function).parameters.values():
-            if dataclasses.is_dataclass(parameter.annotation):
-                fields = inspect.signature(parameter.annotation).parameters.values()
-                groups[parameter.name] = parameter.annotation, [f.name for f in fields]
-                parameters += fields
-            else:
-                parameters.append(parameter)
-        parameters.append(
-            inspect.Parameter(
-                "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
-            )
-        )
-        # Typer takes parameters without a default first.
-        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
+        parameters, groups = read_signature(function)
 
         @functools.wraps(function)
-        def run(**options):
-            debug = options.pop("debug")
-            for name, (group, fields) in groups.items():
+        def run(debug, **options):
+            for name, group in groups.items():
+                fields = [field.name for field in dataclasses.fields(group)]
                 options[name] = group(**{field: options.pop(field) for field in fields})
             try:
                 function(**options)
-            except (typer.Exit, typer.Abort, typer.BadParameter):
+            # What Typer ends by itself: quietly if the reader of a pipe has gone.
+            except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
                 raise
             except KeyboardInterrupt:
                 say("")
                 raise typer.Exit(130) from None
-            except BrokenPipeError:
-                raise
             except Exception as error:
                 if debug:
                     raise
@@ -201,7 +210,7 @@ def command(example):
                 raise typer.Exit(1) from None
 
         run.__signature__ = inspect.Signature(parameters)
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
         lines = "\n".join(f"  {line}" for line in example.splitlines())
         app.command(epilog=f"\b\nExample:\n{lines}")(run)
         return function
@@ -298,8 +307,9 @@ def generate(
     if chat or system is not None:
         turns = [] if system is None else [{"role": "system", "content": system}]
         prompt = [*turns, {"role": "user", "content": prompt}]
-    lm = model.load()
-    write(lm.stream(prompt, **sampling.arguments()))
+    choose_backend(model.backend)
+    arguments = sampling.arguments()
+    write(model.load().stream(prompt, **arguments))
 
 
 def write(pieces):
@@ -328,8 +338,9 @@ def chat(
     A line is a turn; a backslash at its end continues it in the next line. /reset
     forgets the chat, /exit or Ctrl-D ends it. Turns may also be piped to stdin.
     """
-    lm = model.load()
+    choose_backend(model.backend)
     arguments = sampling.arguments()
+    lm = model.load()
     if sys.stdin.isatty():
         say("/reset forgets the chat, /exit ends it, a \\ at its end continues a line.")
     session = lm.start_chat(system=system)

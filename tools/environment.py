@@ -85,7 +85,8 @@ def clean_variables(**changes: str) -> dict[str, str]:
     variables = dict(os.environ)
     for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
         variables.pop(name, None)
-    return {**variables, **changes}
+    # Else a log file shows nothing of a step before the step has ended.
+    return {**variables, "PYTHONUNBUFFERED": "1", **changes}
 
 
 def _run(command: list[str]) -> None:

@@ -82,6 +82,8 @@ def test_version():
         ("generate",),
         ("generate", PRESET, "a", "b"),
         ("generate", PRESET, "a", "--top-p", "1.5"),
+        ("generate", PRESET, "a", "--top-p", "0"),
+        ("generate", PRESET, "a", "--seed", "-1"),
         ("generate", PRESET, "a", "--temperature", "-1"),
         ("generate", PRESET, "a", "--max-new-tokens", "0"),
         ("generate", PRESET, "a", "--backend", "numpy"),
