@@ -72,8 +72,8 @@ def matmul(x, kernel, transposed=False):
 
     In the dtype of `x`, or in float32 where that is what the backend makes anyway.
     """
-    kernel = ops.convert_to_tensor(kernel)
-    if x.dtype == kernel.dtype and _xla_would_copy(x):
+    kernel = ops.cast(kernel, x.dtype)
+    if _xla_would_copy(x):
         return _matmul_bfloat16(x, kernel, transposed)
     return ops.matmul(x, ops.transpose(kernel) if transposed else kernel)
 
