@@ -386,6 +386,8 @@ SCRIPT = """
 import sys, warnings
 warnings.simplefilter("ignore")
 source, url = sys.argv[1:3]
+# As the command line does, which fetches without importing Keras.
+sys.argv[0] = "gemma-keras"
 import kagglesdk.kaggle_env as env
 env._env_to_endpoint[env.KaggleEnv.LOCAL] = url
 from gemma_keras import registry
