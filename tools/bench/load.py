@@ -10,8 +10,8 @@ line a run, a table of medians at the end, JSON with --json.
 Which number means what:
 
 - anonymous (RssAnon): memory that is the process's alone. This is what must fit.
-- file (RssFile): pages of mapped files, weights or libraries, that lie in the page cache
-  anyway; the kernel takes clean ones back when memory runs short.
+- file (RssFile): pages of mapped files, weights or libraries, which lie in the page
+  cache anyway; the kernel takes clean ones back when memory runs short.
 - RSS: their sum, and what `ru_maxrss` counts. A weight that was copied out of a mapped
   file counts twice while both are mapped.
 - PSS: RSS with shared pages divided by the processes that share them.
@@ -72,7 +72,7 @@ def available():
 class Watch(threading.Thread):
     """Samples this process's memory, and ends it rather than let the machine choke."""
 
-    def __init__(self, interval=0.005):
+    def __init__(self, interval=0.02):
         super().__init__(daemon=True)
         self.interval = interval
         self.reset()
