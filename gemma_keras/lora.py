@@ -94,7 +94,7 @@ class Projection(keras.layers.Dense):
     def load_own_variables(self, store):
         names = set(store.keys())
         known = {variable.name for variable in self.weights}
-        if names - known or not names:
+        if names - known or known - names - {"lora_a", "lora_b"}:
             raise ValueError(
                 f"The file holds {sorted(names)} for {self.path}, which has "
                 f"{sorted(known)}. If it was saved after enable_lora, call enable_lora "

@@ -14,7 +14,7 @@ from gemma_keras.cache import EMPTY, LayerCache, Step, grow_cache, make_cache
 RUNS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(RUNS, st.integers(2, 7))
 def test_slots_hold_the_newest_tokens_and_queries_see_all_they_may(runs, window):
     config = dataclasses.replace(CONFIG, sliding_window=window)
