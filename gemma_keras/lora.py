@@ -105,7 +105,7 @@ class Projection(keras.layers.Dense):
                 variable.assign(store[variable.name])
             elif variable is self.lora_b:
                 # A file from before enable_lora: it means no update yet.
-                variable.assign(ops.zeros_like(variable))
+                variable.assign(ops.zeros(variable.shape, dtype=variable.dtype))
 
 
 def projections(backbone):

@@ -96,6 +96,16 @@ def test_fit_takes_datasets_of_raw_batches(new_lm, dataset):
     assert np.isfinite(history["loss"]).all()
 
 
+class NoLength:
+    """Batches that can be iterated again and again, as a Grain dataset can."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 def test_fit_takes_the_datasets_of_the_backend(new_lm, backend):
     texts = ["The cat sat on the mat", "A dog came by"] * 2
     if backend == "tensorflow":
@@ -107,8 +117,7 @@ def test_fit_takes_the_datasets_of_the_backend(new_lm, backend):
 
         dataset = torch.utils.data.DataLoader(texts, batch_size=2)
     else:
-        dataset = [texts[:2], texts[2:]]
-        dataset = type("Batches", (), {"__iter__": lambda self: iter(dataset)})()
+        dataset = NoLength([texts[:2], texts[2:]])
     steps = None if backend != "jax" else 2
     one, two = compiled(new_lm()), compiled(new_lm())
     found = one.fit(dataset, epochs=3, steps_per_epoch=steps, verbose=0).history
