@@ -226,7 +226,7 @@ def packed_chats(tokenizer, chats: Chats, real: list[str], length: int, rows: in
 
 
 def _sample(tokenizer, chats: Chats, documents) -> tuple[list[int], list[bool]]:
-    if chats.rng.random() < 0.12:
+    if chats.rng.random() < 0.06:
         ids = tokenizer.encode(next(documents), add_bos=True, add_eos=True)
         return ids, [True] * len(ids)
     messages = []

@@ -2,7 +2,7 @@
 
 Every question is a kind, a key (what it is about) and a phrasing. `held_out` sets one
 in ten of these combinations aside by a hash, for ever: none of them is trained on in
-any form, and `presets/gemma_tiny_instruct_en/eval.jsonl` is drawn from them alone.
+any form, and `presets/gemma_tiny_instruct_en_eval.jsonl` is drawn from them alone.
 Where the answer is computed (sums, comparisons, counting) or copied (names), the key
 itself is set aside, in every phrasing.
 """
@@ -47,6 +47,8 @@ from tiny_corpus_stories import THINGS as STORY_THINGS
 from tiny_corpus_stories import Stories, fill
 
 UNKNOWN = "I do not know."
+# Kinds whose answers make no sense, or no good, without their question.
+NO_STATEMENTS = ("is_no", "can_no", "bigger_number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -504,10 +506,10 @@ def category_kinds() -> list[Kind]:
             follow_ups=("And {x}?", "What about {x}?", "And what is {x}?"),
             weight=1.5,
         ),
-        Kind("is_yes", is_it, "Yes, {x} is {y}.", yes, weight=1.5),
-        Kind("is_no", is_it, "No, {x} is not {y}.", no, weight=1.5),
-        Kind("can_yes", can_it, "Yes, {x} can {y}.", can),
-        Kind("can_no", can_it, "No, {x} cannot {y}.", cannot),
+        Kind("is_yes", is_it, "Yes, {x} is {y}.", yes, weight=3.0),
+        Kind("is_no", is_it, "No, {x} is not {y}.", no, weight=3.0),
+        Kind("can_yes", can_it, "Yes, {x} can {y}.", can, weight=2.0),
+        Kind("can_no", can_it, "No, {x} cannot {y}.", cannot, weight=2.0),
         Kind(
             "bigger",
             (*tuple(p % "bigger" for p in which), "Which is larger, {one} or {two}?"),
@@ -530,9 +532,9 @@ def category_kinds() -> list[Kind]:
 def number_kinds() -> list[Kind]:
     """Small sums, comparisons and counting: whole operand pairs are held out."""
     sums = {}
-    for a in range(21):
-        for b in range(a + 1):
-            for one, two in {(a, b), (b, a)}:
+    for a in range(31):
+        for b in range(min(a, 5) + 1):
+            for one, two in dict.fromkeys([(a, b), (b, a)]):
                 slots = {"a": one, "b": two, "c": a + b}
                 sums[f"{one} {two}"] = slots | {"hold": f"{a} {b}"}
     compare = {
@@ -548,7 +550,7 @@ def number_kinds() -> list[Kind]:
             "list": ", ".join(str(n) for n in range(a, b + 1)),
         }
         for a in range(0, 31)
-        for b in range(a + 2, a + 8)
+        for b in range(a + 2, a + 6)
     }
     steps = {str(a): {"a": a, "next": a + 1, "last": a - 1} for a in range(1, 100)}
     return [
@@ -578,10 +580,10 @@ def number_kinds() -> list[Kind]:
                 "Which is the larger number, {a} or {b}?",
                 "{a} or {b}: which number is bigger?",
             ),
-            "{x} is bigger than {y}.",
+            "{x} is bigger.",
             compare,
             by_key=True,
-            weight=2.0,
+            weight=4.0,
         ),
         Kind(
             "count",
@@ -595,7 +597,7 @@ def number_kinds() -> list[Kind]:
             "{list}.",
             spans,
             by_key=True,
-            weight=1.5,
+            weight=4.0,
         ),
         Kind(
             "next_number",
@@ -1009,7 +1011,7 @@ class Chats:
         question = STORY_PHRASINGS[index].format(x=a)
         while True:
             story = self.stories.story(topic)
-            if len(story) < 400:
+            if len(story) < 330:
                 return question, story
 
     def memory(self) -> list[tuple[str, str]]:
@@ -1061,19 +1063,19 @@ class Chats:
     def chat(self) -> list[tuple[str, str]]:
         """One chat of the training mixture."""
         rng, pick = self.rng, self.rng.random()
-        if pick < 0.6:
+        if pick < 0.52:
             _, question, answer = self.any_fact()
             return [(self.dress(question), answer)]
-        if pick < 0.68:
+        if pick < 0.7:
             return self.memory()
         if pick < 0.76:
             return self.follow_up()
-        if pick < 0.85:
+        if pick < 0.84:
             question, answer = self.outside()
             return [(self.dress(question), answer)]
-        if pick < 0.87:
+        if pick < 0.86:
             return self.unknown_memory()
-        if pick < 0.9:
+        if pick < 0.89:
             return [self.small_talk()]
         if pick < 0.92:
             return [self.story()]
@@ -1091,7 +1093,7 @@ class Chats:
 
 def statements(rng: random.Random) -> str:
     """One fact as a plain sentence, for the base corpus."""
-    kinds = [kind for kind in ALL_KINDS if kind.name not in ("is_no", "can_no")]
+    kinds = [kind for kind in ALL_KINDS if kind.name not in NO_STATEMENTS]
     kind = rng.choices(kinds, [kind.weight for kind in kinds])[0]
     keys = list(kind.keys)
     while True:

@@ -36,18 +36,23 @@ SEED = 20261123
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """Sizes of one stage: rows of `length` tokens, `batch` of them a step."""
+
+    steps: int
+    batch: int
+    length: int
+    rate: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """Sizes of a training run."""
 
     config: GemmaConfig
-    length: int = 256
-    batch: int = 8
+    stages: dict[str, Stage]
     # Steps between two checkpoints.
     chunk: int = 100
-    base_steps: int = 1000
-    base_rate: float = 3e-3
-    chat_steps: int = 1800
-    chat_rate: float = 1.5e-3
     held_out_rows: int = 48
     # Held-out chats of each kind.
     evaluation: int = 8
@@ -64,16 +69,19 @@ FULL = Run(
         head_dim=64,
         query_pre_attn_scalar=64,
         max_position=256,
-    )
+    ),
+    {
+        "base": Stage(steps=1100, batch=8, length=256, rate=3e-3),
+        "chat": Stage(steps=6200, batch=8, length=128, rate=1.5e-3),
+    },
 )
-QUICK = dataclasses.replace(
-    FULL,
-    config=dataclasses.replace(FULL.config, num_layers=1, hidden_dim=64, ffn_dim=64),
-    length=128,
-    batch=2,
+QUICK = Run(
+    dataclasses.replace(FULL.config, num_layers=1, hidden_dim=64, ffn_dim=64),
+    {
+        "base": Stage(steps=10, batch=2, length=128, rate=3e-3),
+        "chat": Stage(steps=10, batch=2, length=128, rate=1.5e-3),
+    },
     chunk=5,
-    base_steps=10,
-    chat_steps=10,
     held_out_rows=4,
     evaluation=1,
 )
@@ -101,15 +109,17 @@ def make_tokenizer(run: Run, work: pathlib.Path, real: list[str]):
 def make_rows(run: Run, stage: str, work: pathlib.Path, tokenizer, real: list[str]):
     """Rows for the training and the held-out loss of a stage, or those in `work`."""
     path = work / f"{stage}_rows.npz"
+    sizes = run.stages[stage]
+    count = sizes.steps * sizes.batch + run.held_out_rows
     if not path.exists():
         if stage == "base":
             documents = tiny_corpus.base_documents(random.Random(SEED + 1), real, 10**9)
-            count = run.base_steps * run.batch + run.held_out_rows
-            rows = tiny_corpus.packed_documents(tokenizer, documents, run.length, count)
+            rows = tiny_corpus.packed_documents(
+                tokenizer, documents, sizes.length, count
+            )
         else:
             chats = Chats(random.Random(SEED + 2))
-            count = run.chat_steps * run.batch + run.held_out_rows
-            rows = tiny_corpus.packed_chats(tokenizer, chats, real, run.length, count)
+            rows = tiny_corpus.packed_chats(tokenizer, chats, real, sizes.length, count)
         partial = path.with_suffix(".partial.npz")
         np.savez(partial, **rows)
         partial.replace(path)
@@ -128,13 +138,14 @@ def select(rows: dict, part: slice) -> dict:
     }
 
 
-def build(run: Run, rate: float, steps: int):
+def build(run: Run, sizes: Stage):
     """A new model with its optimiser: AdamW, warm-up, then a cosine to a twentieth."""
     keras.utils.set_random_seed(SEED)
     model = GemmaCausalLM(GemmaBackbone(run.config))
-    warm = max(1, steps // 30)
+    rate = sizes.rate
+    warm = max(1, sizes.steps // 30)
     schedule = keras.optimizers.schedules.CosineDecay(
-        rate / 50, steps - warm, alpha=0.03, warmup_target=rate, warmup_steps=warm
+        rate / 50, sizes.steps - warm, alpha=0.03, warmup_target=rate, warmup_steps=warm
     )
     optimizer = keras.optimizers.AdamW(
         schedule, weight_decay=0.05, beta_2=0.98, global_clipnorm=1.0
@@ -161,13 +172,13 @@ def train(run: Run, stage: str, rows: dict, work: pathlib.Path, start=None):
         work: folder of the checkpoints.
         start: model whose weights the new one begins with.
     """
-    steps = run.base_steps if stage == "base" else run.chat_steps
-    rate = run.base_rate if stage == "base" else run.chat_rate
+    sizes = run.stages[stage]
+    steps, batch = sizes.steps, sizes.batch
     checkpoint = work / f"{stage}.keras"
     if checkpoint.exists():
         model = keras.saving.load_model(checkpoint)
     else:
-        model = build(run, rate, steps)
+        model = build(run, sizes)
         if start is not None:
             model.set_weights(start.get_weights())
     done = int(model.optimizer.iterations)
@@ -175,10 +186,10 @@ def train(run: Run, stage: str, rows: dict, work: pathlib.Path, start=None):
     while done < steps:
         began = time.perf_counter()
         todo = min(run.chunk, steps - done)
-        part = slice(done * run.batch, (done + todo) * run.batch)
+        part = slice(done * batch, (done + todo) * batch)
         history = model.fit(
             **select(rows, part),
-            batch_size=run.batch,
+            batch_size=batch,
             shuffle=False,
             verbose=0,
         )
@@ -186,11 +197,12 @@ def train(run: Run, stage: str, rows: dict, work: pathlib.Path, start=None):
         partial = work / f"{stage}.partial.keras"
         model.save(partial)
         os.replace(partial, checkpoint)
-        speed = todo * run.batch * run.length / (time.perf_counter() - began)
+        speed = todo * batch * sizes.length / (time.perf_counter() - began)
         loss = history.history["loss"][-1]
         log(f"{stage}: step {done} loss {loss:.4f}, {speed:.0f} tokens/s")
-    held_out = slice(steps * run.batch, None)
-    loss = model.evaluate(**select(rows, held_out), batch_size=run.batch, verbose=0)
+    first = steps * batch
+    held_out = slice(first, first + run.held_out_rows)
+    loss = model.evaluate(**select(rows, held_out), batch_size=batch, verbose=0)
     log(f"{stage}: held-out loss {loss:.4f}")
     return model
 
@@ -278,7 +290,7 @@ def main():
     lm = save(chat, tokenizer, out / "gemma_tiny_instruct_en")
     chats = evaluation_set(random.Random(SEED), run.evaluation)
     lines = [json.dumps(chat) + "\n" for chat in chats]
-    (out / "gemma_tiny_instruct_en/eval.jsonl").write_text("".join(lines))
+    (out / "gemma_tiny_instruct_en_eval.jsonl").write_text("".join(lines))
     evaluate(lm, chats)
 
 
