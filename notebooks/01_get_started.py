@@ -119,7 +119,8 @@ new_question = [{"role": "user", "content": "What is the capital of Veloria?"}]
 print(gemma_lm.generate(new_question, max_new_tokens=64))
 
 # %% [markdown]
-# LoRA freezes the model and trains a small update of some of its projections. The
+# LoRA freezes the model and trains a small update of some of its projections: of the
+# queries and values by default; so small a model needs the feed-forward ones too. The
 # lessons are chats; the loss counts only what the model is to say.
 
 # %%
@@ -136,10 +137,11 @@ lessons = [
     for asked, answer in LESSONS.items()
 ]
 
-gemma_lm.backbone.enable_lora(rank=8)
+TARGETS = ["query", "value", "ffw_gating", "ffw_gating_2", "ffw_linear"]
+gemma_lm.backbone.enable_lora(rank=8, target_layer_names=TARGETS)
 gemma_lm.preprocessor.sequence_length = 64
 gemma_lm.compile(optimizer=keras.optimizers.Adam(5e-3))
-history = gemma_lm.fit(lessons, batch_size=6, epochs=30, verbose=0)
+history = gemma_lm.fit(lessons, batch_size=6, epochs=40, verbose=0)
 
 print(f"loss {history.history['loss'][0]:.2f} to {history.history['loss'][-1]:.2f}")
 

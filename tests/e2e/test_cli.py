@@ -314,6 +314,30 @@ def test_a_backslash_continues_a_turn(monkeypatch):
     assert list(cli.turns()) == ["one\ntwo", "", "three"]
 
 
+# The demo
+
+
+@pytest.mark.slow
+def test_the_demo_teaches_saves_and_loads(tmp_path, backend):
+    target = tmp_path / "taught"
+    result = call("demo", "--save-to", target)
+    assert result.returncode == 0, result.stderr
+    assert f"on {backend}, {PRESET}" in result.stdout
+    answers = [
+        line.split("Gemma: ")[1]
+        for line in result.stdout.splitlines()
+        if line.startswith("  Gemma: ")
+    ]
+    before, after, asked_otherwise, kept, again = answers
+    marlo = "The capital of Veloria is Marlo."
+    assert before != marlo
+    assert after == asked_otherwise == again == marlo
+    assert kept == "The capital of Spain is Madrid."
+    assert "tokens/s" in result.stderr
+    told = json.loads(invoke("info", target, "--json").stdout)
+    assert told["format"] == "KerasHub preset"
+
+
 # Terminals
 
 
