@@ -40,5 +40,7 @@ def _is_command():
 
 
 if not _is_command():
+    if "keras" not in sys.modules:
+        importlib.import_module(f"{__name__}.backend_choice").choose_backend()
     # Keras can load a saved model only if its classes were imported and registered.
     importlib.import_module(f"{__name__}.causal_lm")

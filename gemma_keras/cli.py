@@ -12,7 +12,6 @@ import dataclasses
 import enum
 import functools
 import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -26,6 +25,7 @@ import typer
 
 import gemma_keras
 from gemma_keras import checkpoints, registry
+from gemma_keras.backend_choice import Backend, choose_backend
 from gemma_keras.console import loading, message, say, size, table
 
 app = typer.Typer(
@@ -36,14 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class Backend(enum.StrEnum):
-    """What Keras can run on here, the preferred one first."""
-
-    JAX = "jax"
-    TORCH = "torch"
-    TENSORFLOW = "tensorflow"
 
 
 class Dtype(enum.StrEnum):
@@ -77,7 +69,7 @@ def option(help, *names, **settings):
 BackendOption = Annotated[
     Backend | None,
     option(
-        "Backend of Keras; KERAS_BACKEND, or what is installed, by default.",
+        "Backend of Keras; KERAS_BACKEND, keras.json or what is installed by default.",
         "--backend",
     ),
 ]
@@ -218,48 +210,11 @@ def command(example):
     return register
 
 
-def choose_backend(asked=None):
-    """Sets KERAS_BACKEND, before Keras is imported, to a backend that is installed.
-
-    In this order: what was asked for, KERAS_BACKEND, what keras.json names, the first
-    of `Backend` that is installed.
-    """
-    name = asked or os.environ.get("KERAS_BACKEND")
-    if not name:
-        there = [backend for backend in (configured(), *Backend) if installed(backend)]
-        if not there:
-            raise ImportError(
-                "Keras needs JAX, PyTorch or TensorFlow, and none is installed. "
-                "Install one, for example with: pip install 'gemma_keras[jax]'"
-            )
-        name = there[0]
-    elif name not in list(Backend):
-        raise ValueError(
-            f"KERAS_BACKEND is {name!r}; it may be {', '.join(Backend)}, or absent."
-        )
-    elif not installed(name):
-        raise ImportError(
-            f"The backend {name} is not installed. Install it with: "
-            f"pip install 'gemma_keras[{name}]'"
-        )
-    os.environ["KERAS_BACKEND"] = str(name)
+def start_keras_on(backend):
+    """Settles the backend, and what it says at its start, before Keras is imported."""
+    choose_backend(backend)
     # TensorFlow's own notes at start are not for the reader of an answer.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-
-def configured():
-    """The backend that keras.json names; Keras writes that file if it is absent."""
-    home = os.environ.get("KERAS_HOME") or "~/.keras"
-    try:
-        text = (pathlib.Path(home).expanduser() / "keras.json").read_text()
-        return json.loads(text).get("backend")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def installed(backend):
-    """Whether a backend can be imported; imports nothing."""
-    return backend in list(Backend) and bool(importlib.util.find_spec(backend))
 
 
 def show_version(wanted: bool):
@@ -307,7 +262,7 @@ def generate(
     if chat or system is not None:
         turns = [] if system is None else [{"role": "system", "content": system}]
         prompt = [*turns, {"role": "user", "content": prompt}]
-    choose_backend(model.backend)
+    start_keras_on(model.backend)
     arguments = sampling.arguments()
     write(model.load().stream(prompt, **arguments))
 
@@ -338,7 +293,7 @@ def chat(
     A line is a turn; a backslash at its end continues it in the next line. /reset
     forgets the chat, /exit or Ctrl-D ends it. Turns may also be piped to stdin.
     """
-    choose_backend(model.backend)
+    start_keras_on(model.backend)
     arguments = sampling.arguments()
     lm = model.load()
     if sys.stdin.isatty():
@@ -472,7 +427,7 @@ def demo(
     """Ask a tiny Gemma, teach it with LoRA, ask it again: no network needed."""
     if save_to and save_to.exists():
         raise typer.BadParameter(f"--save-to: {save_to} exists; name a new directory.")
-    choose_backend(backend)
+    start_keras_on(backend)
     from gemma_keras import demo as show
 
     if not show.run(save_to):
@@ -499,4 +454,12 @@ def main():
         signal.signal(signal.SIGINT, interrupt)
     # What a terminal cannot show is shown as `?`; it must not end the answer.
     sys.stdout.reconfigure(errors="replace")
-    app(prog_name="gemma-keras")
+    try:
+        app(prog_name="gemma-keras")
+    finally:
+        if interrupted.is_set():
+            # At once: threads of the backend may still be computing, and would crash
+            # while the interpreter takes itself down around them.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)

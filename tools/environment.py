@@ -83,7 +83,7 @@ def ensure(folder: pathlib.Path, requirements: list[str], bare=()) -> str:
 def clean_variables(**changes: str) -> dict[str, str]:
     """The process's variables without what would leak other packages in."""
     variables = dict(os.environ)
-    for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
+    for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "KERAS_BACKEND"):
         variables.pop(name, None)
     # Else a log file shows nothing of a step before the step has ended.
     return {**variables, "PYTHONUNBUFFERED": "1", **changes}

@@ -15,7 +15,7 @@ import pytest
 import typer.testing
 
 import gemma_keras
-from gemma_keras import cli, registry
+from gemma_keras import backend_choice, cli, registry
 
 PRESET = "gemma_tiny_instruct_en"
 QUESTION = "What is the capital of France?"
@@ -147,12 +147,12 @@ def test_a_prompt_that_cannot_be_read_is_told(tmp_path):
 def choice(monkeypatch, tmp_path, *, asked=None, variable=None, config=None, there=()):
     monkeypatch.delenv("KERAS_BACKEND", raising=False)
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    monkeypatch.setattr(cli, "installed", lambda name: name in there)
+    monkeypatch.setattr(backend_choice, "installed", lambda name: name in there)
     if variable:
         monkeypatch.setenv("KERAS_BACKEND", variable)
     if config:
         (tmp_path / "keras.json").write_text(config)
-    cli.choose_backend(asked)
+    backend_choice.choose_backend(asked)
     return os.environ["KERAS_BACKEND"]
 
 
@@ -166,8 +166,9 @@ ALL = ("jax", "torch", "tensorflow")
         ("torch", {"variable": "torch", "there": ALL}),
         ("torch", {"config": '{"backend": "torch"}', "there": ALL}),
         ("jax", {"config": '{"backend": "tensorflow"}', "there": ("jax", "torch")}),
-        ("jax", {"config": "not json", "there": ALL}),
-        ("jax", {"there": ALL}),
+        ("tensorflow", {"config": "not json", "there": ALL}),
+        ("tensorflow", {"there": ALL}),
+        ("jax", {"there": ("torch", "jax")}),
         ("tensorflow", {"there": ("tensorflow",)}),
     ],
 )

@@ -1,6 +1,7 @@
 """What importing the package may bring with it (design, rule 8)."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -28,6 +29,26 @@ def test_the_package_registers_its_classes_with_keras():
     )
     loaded = modules_after(registered) - modules_after("import keras")
     assert loaded.isdisjoint({*BACKENDS, *ON_DEMAND})
+
+
+@pytest.mark.parametrize("variables", [{}, {"KERAS_BACKEND": ""}])
+def test_importing_the_package_finds_a_backend_that_is_installed(tmp_path, variables):
+    """Keras alone would take TensorFlow, and fail where it is absent."""
+    hide = (
+        "import importlib.util, os, sys\n"
+        "class Absent:\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'tensorflow': raise ModuleNotFoundError(name=name)\n"
+        "found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: (\n"
+        "    None if name == 'tensorflow' else found(name, *rest))\n"
+        "sys.meta_path.insert(0, Absent)\n"
+        "import gemma_keras, keras\n"
+        "assert keras.backend.backend() in ('jax', 'torch')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
+    environment |= {"KERAS_HOME": str(tmp_path), **variables}
+    subprocess.run([sys.executable, "-c", hide], env=environment, check=True)
 
 
 def test_the_command_line_imports_no_tensor_library():

@@ -23,7 +23,8 @@ from gemma_keras import registry
 from gemma_keras.config import GemmaConfig
 from gemma_keras.registry import SourceError
 
-ROOT = Path(registry.__file__).resolve().parent.parent
+PACKAGE = Path(registry.__file__).resolve().parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 # As published with the checkpoints.
 PARAMETERS = {
@@ -158,7 +159,8 @@ def test_memory_needed():
 
 
 def test_locate_in_a_checkout_and_in_a_wheel(tmp_path, monkeypatch):
-    assert registry.locate() == ROOT / "presets"
+    beside = CHECKOUT if PACKAGE.parent == CHECKOUT else PACKAGE
+    assert registry.locate() == beside / "presets"
     package = tmp_path / "site-packages" / "gemma_keras"
     (package / "presets").mkdir(parents=True)
     monkeypatch.setattr(registry, "__file__", str(package / "registry.py"))
@@ -172,7 +174,7 @@ def test_embedded_presets(monkeypatch, tmp_path):
     for name in ("gemma_tiny_en", "gemma_tiny_instruct_en"):
         preset = registry.presets()[name]
         assert preset.sources == ()
-        assert preset.directory == ROOT / "presets" / name
+        assert preset.directory == registry.locate() / name
     absent = dataclasses.replace(preset, directory=tmp_path / "x")
     monkeypatch.setattr(registry, "_names", lambda: {"gemma_tiny_en": absent})
     assert not absent.available
@@ -408,7 +410,7 @@ def fetch(hub, tmp_path):
         environment = {
             **{key: os.environ[key] for key in ("PATH", "LANG") if key in os.environ},
             "HOME": str(tmp_path / "home"),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(PACKAGE.parent),
             "PYTHONWARNINGS": "ignore",
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "hf"),
