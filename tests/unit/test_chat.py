@@ -15,6 +15,8 @@ from gemma_keras.chat import (
 )
 from gemma_keras.tokenizer import GemmaTokenizer
 
+pytestmark = pytest.mark.any_backend
+
 # The rules of the template that Gemma 3 comes with, written anew in Jinja.
 TEMPLATE = """
 {%- set ns = namespace(system='', rest=messages) -%}

@@ -7,6 +7,8 @@ import pytest
 
 import gemma_keras
 
+pytestmark = pytest.mark.any_backend
+
 # The source tree where there is one, the installed package otherwise.
 PACKAGE = pathlib.Path(gemma_keras.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))

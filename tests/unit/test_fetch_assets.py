@@ -7,6 +7,8 @@ import zipfile
 import fetch_assets
 import pytest
 
+pytestmark = pytest.mark.any_backend
+
 PARTS = (b"first half, ", b"second half")
 WHOLE = b"".join(PARTS)
 

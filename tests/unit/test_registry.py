@@ -23,6 +23,8 @@ from gemma_keras import registry
 from gemma_keras.config import GemmaConfig
 from gemma_keras.registry import SourceError
 
+pytestmark = pytest.mark.any_backend
+
 PACKAGE = Path(registry.__file__).resolve().parent
 CHECKOUT = Path(__file__).resolve().parents[2]
 

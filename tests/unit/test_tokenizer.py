@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from gemma_keras import vocabulary
 from gemma_keras.tokenizer import GemmaTokenizer
 
+pytestmark = pytest.mark.any_backend
+
 MARKERS = ["<start_of_turn>", "<end_of_turn>", "<mask>", "<unused1>", "[@BOS@]"]
 FRAGMENTS = [
     *MARKERS,

@@ -10,6 +10,8 @@ import pytest
 from gemma_keras import registry
 from gemma_keras.checkpoints import CheckpointError, open_checkpoint
 
+pytestmark = pytest.mark.any_backend
+
 gguf = pytest.importorskip("gguf")
 Type = gguf.GGMLQuantizationType
 

@@ -16,6 +16,8 @@ from gemma_keras.checkpoints import CheckpointError, keras_preset, open_checkpoi
 from gemma_keras.checkpoints.gguf_file import GGUFFile
 from gemma_keras.checkpoints.safetensors_file import SafetensorsFile
 
+pytestmark = pytest.mark.any_backend
+
 MEGABYTE = 2**20
 FUZZ = settings(
     max_examples=100,

@@ -8,6 +8,8 @@ import pytest
 
 from gemma_keras.checkpoints import CheckpointError, open_checkpoint
 
+pytestmark = pytest.mark.any_backend
+
 
 def test_single_file(tmp_path, files, config, dtype):
     arrays = files.weights(config, dtype)
