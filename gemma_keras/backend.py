@@ -10,6 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from gemma_keras.buffers import aligned_copy
+
 NAME = keras.backend.backend()
 
 if NAME == "jax":
@@ -29,25 +31,23 @@ else:
 def tensor_from_array(array, dtype):
     """A tensor of a numpy array, in `dtype`, copied as little as the backend allows.
 
-    A transposed view is transposed on the device, which is many times faster than in
-    numpy. On torch and a CPU the tensor shares the array's memory.
+    On torch and a CPU the tensor shares the array's memory, also that of a transposed
+    view. JAX and TensorFlow want it in order: they take over one copy.
     """
-    transposed = array.ndim == 2 and not array.flags.c_contiguous
-    source = array.T if transposed else array
+    bfloat16 = array.dtype.name == "bfloat16"
     if NAME == "torch":
-        if source.dtype.name == "bfloat16":
-            tensor = torch.from_numpy(source.view("uint16")).view(torch.bfloat16)
+        if bfloat16:
+            tensor = torch.from_numpy(array.view("uint16")).view(torch.bfloat16)
         else:
-            tensor = torch.from_numpy(source)
-        tensor = tensor.T if transposed else tensor
+            tensor = torch.from_numpy(array)
         return tensor.to(torch_device(), dtype=getattr(torch, dtype))
+    copy = aligned_copy(array)
     if NAME == "jax":
-        tensor = jnp.asarray(source)
-        tensor = tensor.T if transposed else tensor
-        return tensor.astype(dtype)
-    tensor = tf.convert_to_tensor(source)
-    tensor = tf.transpose(tensor) if transposed else tensor
-    return tf.cast(tensor, dtype)
+        return jax.device_put(copy, may_alias=True).astype(dtype)
+    # DLPack of numpy knows no bfloat16.
+    capsule = (copy.view("int16") if bfloat16 else copy).__dlpack__()
+    tensor = tf.experimental.dlpack.from_dlpack(capsule)
+    return tf.cast(tf.bitcast(tensor, tf.bfloat16) if bfloat16 else tensor, dtype)
 
 
 def all_finite(tensor):

@@ -1,0 +1,52 @@
+"""Arrays of a checkpoint as tensors: values, dtype, order, and who owns the memory."""
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gemma_keras import backend
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def made(dtype):
+    values = np.linspace(-3, 3, 70 * 36, dtype="float32").reshape(70, 36)
+    return values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("wanted", DTYPES)
+@pytest.mark.parametrize("stored", DTYPES)
+def test_a_tensor_is_the_array_in_the_wanted_dtype(stored, wanted, transposed):
+    array = made(stored)
+    array = array.T if transposed else array
+    tensor = backend.tensor_from_array(array, wanted)
+    assert keras.backend.standardize_dtype(tensor.dtype) == wanted
+    expected = array.astype("float32").astype(made(wanted).dtype).astype("float32")
+    found = keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32"))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_variable_made_of_an_array_can_be_changed():
+    """The memory that was taken over is not the checkpoint's."""
+    array = made("float32").T
+    before = array.copy()
+
+    def init(shape, dtype=None):
+        return backend.tensor_from_array(array, dtype)
+
+    variable = keras.Variable(init, shape=array.shape, dtype="float32")
+    variable.assign_add(keras.ops.ones(array.shape))
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), before + 1)
+    if keras.backend.backend() != "torch":  # shared there, but files map privately
+        np.testing.assert_array_equal(array, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_is_found(dtype):
+    array = made(dtype)
+    assert backend.all_finite(backend.tensor_from_array(array, dtype))
+    for wrong in (np.nan, np.inf, -np.inf):
+        array[13, 7] = wrong
+        assert not backend.all_finite(backend.tensor_from_array(array, dtype))
