@@ -441,10 +441,21 @@ def interrupt(*_):
     """What Ctrl-C does.
 
     An exception alone is not enough: raised inside a callback of native code, it is
-    printed and lost, and the answer would go on.
+    lost, and the answer would go on.
     """
     interrupted.set()
     raise KeyboardInterrupt
+
+
+def interrupt_again(unraisable):
+    """What becomes of an exception where none can be raised, as in such a callback.
+
+    Python would print it and go on; Ctrl-C comes again instead, a moment later.
+    """
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def main():
@@ -452,6 +463,7 @@ def main():
     # Not where the parent process asked for interrupts to be ignored, as nohup does.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
+        sys.unraisablehook = interrupt_again
     # What a terminal cannot show is shown as `?`; it must not end the answer.
     sys.stdout.reconfigure(errors="replace")
     try:

@@ -452,3 +452,37 @@ def test_interrupt_without_a_terminal_exits_with_130(random_preset):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in errors
+
+
+@pytest.mark.parametrize("moment", ["a collection", "a destructor"])
+def test_ctrl_c_is_not_lost_where_no_exception_can_be_raised(moment):
+    """As in the callbacks that JAX gives to the garbage collector."""
+    program = f"""
+import gc, os, signal, sys, time
+sys.argv = ["gemma-keras", "presets"]
+from gemma_keras import cli
+
+def interrupt(*_):
+    if interrupt in gc.callbacks:
+        gc.callbacks.remove(interrupt)
+    os.kill(os.getpid(), signal.SIGINT)
+
+class Last:
+    __del__ = interrupt
+
+def presets():
+    if {moment == "a collection"}:
+        gc.callbacks.append(interrupt)
+        gc.collect()
+    else:
+        Last()
+    time.sleep(60)
+
+cli.registry.presets = presets
+cli.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
