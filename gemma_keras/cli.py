@@ -19,6 +19,7 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 from typing import Annotated
 
 import typer
@@ -435,6 +436,7 @@ def demo(
 
 
 interrupted = threading.Event()
+lost = threading.Event()
 
 
 def interrupt(*_):
@@ -444,16 +446,26 @@ def interrupt(*_):
     lost, and the answer would go on.
     """
     interrupted.set()
+    lost.clear()
     raise KeyboardInterrupt
 
 
-def interrupt_again(unraisable):
+def interrupt_again():
+    """Sends Ctrl-C to the main thread until it takes note, however deep it sleeps."""
+    time.sleep(0.02)
+    while lost.is_set():
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.02)
+
+
+def take_unraisable(unraisable):
     """What becomes of an exception where none can be raised, as in such a callback.
 
-    Python would print it and go on; Ctrl-C comes again instead, a moment later.
+    Python would print it and go on.
     """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+        lost.set()
+        threading.Thread(target=interrupt_again, daemon=True).start()
     else:
         sys.__unraisablehook__(unraisable)
 
@@ -463,7 +475,7 @@ def main():
     # Not where the parent process asked for interrupts to be ignored, as nohup does.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
-        sys.unraisablehook = interrupt_again
+        sys.unraisablehook = take_unraisable
     # What a terminal cannot show is shown as `?`; it must not end the answer.
     sys.stdout.reconfigure(errors="replace")
     try:
