@@ -53,7 +53,9 @@ def tensor_from_array(array, dtype):
 def all_finite(tensor):
     """Whether no element is NaN or infinite, found without a copy of the tensor."""
     if NAME == "torch":
-        ends = torch.stack(torch.aminmax(tensor))
+        # aminmax copies what is not in order, as a transposed kernel is.
+        ordered = tensor if tensor.is_contiguous() else tensor.T
+        ends = torch.stack(torch.aminmax(ordered))
         return bool(torch.isfinite(ends).all())
     if NAME == "jax":
         return bool(_jax_all_finite(tensor))

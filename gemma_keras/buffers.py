@@ -12,8 +12,8 @@ import numpy as np
 
 # What XLA and TensorFlow ask of memory that they use without a copy.
 ALIGNMENT = 64
-# Rows of one step: what they hold stays in a core's cache until it is written.
-ROWS = 128
+# A block of this many rows and columns stays in a core's cache while it is turned.
+ROWS, COLUMNS = 1024, 256
 
 
 def aligned_copy(array):
@@ -39,10 +39,10 @@ def aligned_copy(array):
 
 
 def _in_parallel(work, source, target):
-    """Calls `work(source, target, first, last)` for rows of `source`."""
+    """Calls `work(source, target, first, last)` for parts of the rows of `source`."""
     threads = min(os.cpu_count() or 1, 8, 1 + source.nbytes // 2**22)
-    step = -(-len(source) // threads)
-    step = max(ROWS, -(-step // ROWS) * ROWS)
+    # In steps of 64 rows, lest two threads write to one line of a cache.
+    step = max(64, -(-len(source) // threads // 64) * 64)
     spans = [(at, min(at + step, len(source))) for at in range(0, len(source), step)]
     if len(spans) <= 1:
         return work(source, target, 0, len(source))
@@ -55,17 +55,10 @@ def _copy(source, target, first, last):
 
 
 def _transpose(source, target, first, last):
-    """Writes rows of `source` [R, C] as columns of `target` [C, R]."""
-    columns = source.shape[1]
-    group = 8 // source.dtype.itemsize
-    if columns % group:
-        group = 1
-    wide = source.view(np.uint64) if group > 1 else source
-    columns //= group
-    for at in range(first, last, ROWS):
-        end = min(at + ROWS, last)
-        # Eight bytes at a time first, then their parts, both within the cache.
-        turned = np.ascontiguousarray(wide[at:end].T).view(source.dtype)
-        parts = turned.reshape(columns, end - at, group)
-        for part in range(group):
-            target[part::group, at:end] = parts[:, :, part]
+    """Writes rows of `source` as columns of `target`."""
+    for row in range(first, last, ROWS):
+        rows = slice(row, min(row + ROWS, last))
+        for column in range(0, source.shape[1], COLUMNS):
+            columns = slice(column, column + COLUMNS)
+            block = np.ascontiguousarray(source[rows, columns])
+            target[columns, rows] = block.T
