@@ -77,6 +77,8 @@ def matmul(x, kernel, transposed=False):
     kernel = ops.cast(kernel, x.dtype)
     if _xla_would_copy(x):
         return _matmul_bfloat16(x, kernel, transposed)
+    if _torch_would_use_one_core(x):
+        return _matmul_few_rows(x, kernel, transposed)
     return ops.matmul(x, ops.transpose(kernel) if transposed else kernel)
 
 
@@ -116,6 +118,38 @@ def _matmul_bfloat16(x, kernel, transposed):
         )
     product = product[:1] if alone else product
     return ops.reshape(product, (*shape[:-1], product.shape[-1]))
+
+
+def _torch_would_use_one_core(x):
+    """Whether torch would multiply on one core what several could.
+
+    So it does on a CPU with the few rows of decoding, in float32: it divides rows and
+    batches among threads, and not the kernel (measured in tools/bench/LOG.md).
+    """
+    return (
+        NAME == "torch"
+        and _in_program.get()
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() <= 16 * x.shape[-1]
+    )
+
+
+def _matmul_few_rows(x, kernel, transposed):
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    if transposed:
+        # The kernel's rows are what is divided, if there are two columns at least.
+        columns = rows.repeat(2, 1).T if count == 1 else rows.T
+        product = torch.matmul(kernel, columns).T[:count]
+    else:
+        inputs, outputs = kernel.shape
+        parts = max(1, min(torch.get_num_threads(), outputs // 128))
+        while outputs % parts:
+            parts -= 1
+        batch = kernel.view(inputs, parts, outputs // parts).transpose(0, 1)
+        product = torch.bmm(rows.expand(parts, -1, -1), batch).transpose(0, 1)
+    return product.reshape(*x.shape[:-1], -1)
 
 
 def write_slots(buffer, new, start, axis):
@@ -234,7 +268,7 @@ class Program:
         if NAME == "torch":
             arguments = keras.tree.map_structure(_array_to_torch, arguments)
             with torch.no_grad():
-                return self.function(*arguments)
+                return self._traced(*arguments)
         arguments = tf.nest.map_structure(tf.convert_to_tensor, arguments)
         # Asked for by shape: tf.function itself warns of every few new shapes.
         key = tuple((x.dtype, tuple(x.shape)) for x in tf.nest.flatten(arguments))

@@ -56,9 +56,12 @@ def _copy(source, target, first, last):
 
 def _transpose(source, target, first, last):
     """Writes rows of `source` as columns of `target`."""
+    space = np.empty((ROWS, COLUMNS), source.dtype)
     for row in range(first, last, ROWS):
         rows = slice(row, min(row + ROWS, last))
         for column in range(0, source.shape[1], COLUMNS):
             columns = slice(column, column + COLUMNS)
-            block = np.ascontiguousarray(source[rows, columns])
+            part = source[rows, columns]
+            block = space[: part.shape[0], : part.shape[1]]
+            np.copyto(block, part)
             target[columns, rows] = block.T

@@ -50,3 +50,22 @@ def test_what_is_not_finite_is_found(dtype):
     for wrong in (np.nan, np.inf, -np.inf):
         array[13, 7] = wrong
         assert not backend.all_finite(backend.tensor_from_array(array, dtype))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 24), (1, 24), (3, 1, 24), (16, 24), (40, 24)])
+@pytest.mark.parametrize("outputs", [128, 384, 391, 1024])
+def test_products_in_programs_are_products(shape, outputs, transposed):
+    """Decoding divides them among threads in its own way on some backends."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape).astype("float32")
+    kernel = rng.normal(size=(24, outputs)).astype("float32")
+    given = np.ascontiguousarray(kernel.T) if transposed else kernel
+    variable = keras.Variable(given)
+    program = backend.Program(
+        lambda x: backend.matmul(x, variable, transposed), [variable]
+    )
+    product = keras.ops.convert_to_numpy(program(x))
+    expected = x.astype("float64") @ kernel.astype("float64")
+    assert product.shape == expected.shape
+    np.testing.assert_allclose(product, expected, rtol=0, atol=1e-5)
