@@ -337,6 +337,13 @@ def test_the_demo_teaches_saves_and_loads(tmp_path, backend):
     assert "tokens/s" in result.stderr
     told = json.loads(invoke("info", target, "--json").stdout)
     assert told["format"] == "KerasHub preset"
+    # What presets/demo/README.md says of the model that comes out.
+    questions = json.loads((registry.locate() / "demo" / "questions.json").read_text())
+    asked = questions["held_out"] + questions["kept"]
+    chats = [[{"role": "user", "content": each["prompt"]}] for each in asked]
+    lm = gemma_keras.GemmaCausalLM.from_preset(target)
+    answers = lm.generate(chats, max_new_tokens=40, strip_prompt=True)
+    assert answers == [each["response"] for each in asked]
 
 
 # Terminals
