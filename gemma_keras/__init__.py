@@ -7,11 +7,16 @@ import sys
 __version__ = "0.1.0"
 
 _MODULES = {
+    "BucketedDataset": "packing",
+    "ExampleEncoder": "encoding",
     "GemmaBackbone": "backbone",
     "GemmaCausalLM": "causal_lm",
     "GemmaCausalLMPreprocessor": "preprocessor",
     "GemmaConfig": "config",
     "GemmaTokenizer": "tokenizer",
+    "PackedDataset": "packing",
+    "encode_examples": "encoding",
+    "read_examples": "readers",
 }
 _NAMESPACES = ("models", "samplers")
 

@@ -5,6 +5,7 @@ import ml_dtypes
 from keras import ops
 
 from gemma_keras import data, generation, loading, samplers, text_generation
+from gemma_keras.packing import EpochDataset
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
@@ -162,16 +163,21 @@ class GemmaCausalLM(keras.Model):
         Args:
             x: texts; or `{"prompts": [...], "responses": [...]}`, or chats, each a
                 list of messages, whose responses alone are learned; or a dataset of
-                batches of these; or anything that Keras takes.
+                batches of these; or what `read_examples` gives, or a `pathlib.Path`
+                of a file for it; or a `PackedDataset` or `BucketedDataset`; or
+                anything that Keras takes.
             y: targets, if `x` holds token ids.
             sample_weight: weight of each target, if `x` holds token ids.
             validation_data: in the same forms.
             **kwargs: further arguments of `keras.Model.fit`.
         """
         self._check_optimizer()
-        if data.is_dataset(x) and not isinstance(x, keras.utils.PyDataset):
+        epochs = isinstance(x, EpochDataset)
+        if epochs or (data.is_dataset(x) and not isinstance(x, keras.utils.PyDataset)):
             # It comes in its own order, whatever index Keras asks for.
             kwargs["shuffle"] = False
+        if epochs:
+            kwargs["callbacks"] = data.with_epochs(kwargs.get("callbacks"), x)
         x, y, sample_weight = data.prepare(
             x, y, sample_weight, self.preprocessor, bool(kwargs.get("steps_per_epoch"))
         )

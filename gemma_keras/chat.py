@@ -19,6 +19,8 @@ from typing import NamedTuple
 from gemma_keras.tokenizer import END_OF_TURN, START_OF_TURN, GemmaTokenizer
 
 _ROLES = {"user": "user", "assistant": "model", "model": "model"}
+# What of an example is learned: all that the assistant says, its last turn, or all.
+LOSS_ON = ("response", "last", "all")
 
 
 class Turn(NamedTuple):
@@ -116,18 +118,40 @@ def encode_chat(
 
 
 def encode_chat_with_mask(
-    tokenizer: GemmaTokenizer, messages: Sequence[dict]
+    tokenizer: GemmaTokenizer, messages: Sequence[dict], loss_on: str = "response"
 ) -> tuple[list[int], list[bool]]:
     """Ids of a whole chat for training, and which of them the model is to learn.
+
+    Args:
+        tokenizer: one with turn markers, as Gemma's is.
+        messages: the chat.
+        loss_on: `"response"` for all of the assistant's turns, `"last"` for the last
+            of them, `"all"` for every token.
 
     Returns:
         `ids` as from `encode_chat` without a generation prompt, and `mask`, as long,
         true on the assistant's texts and on the <end_of_turn> that ends each.
 
     Raises:
-        TypeError, ValueError: as `encode_chat`.
+        TypeError, ValueError: as `encode_chat`; an unknown `loss_on`.
     """
-    return _encode_turns(tokenizer, read_turns(messages))
+    check_loss_on(loss_on)
+    turns = read_turns(messages)
+    learned = [i for i, turn in enumerate(turns) if turn.role == "model"]
+    if loss_on == "last":
+        learned = learned[-1:]
+    ids, mask = _encode_turns(tokenizer, turns, learned)
+    return ids, [True] * len(ids) if loss_on == "all" else mask
+
+
+def check_loss_on(loss_on: str):
+    """Refuses what is not in `LOSS_ON`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if loss_on not in LOSS_ON:
+        raise ValueError(f"loss_on must be {', '.join(LOSS_ON)}, got {loss_on!r}.")
 
 
 def _role_and_content(index: int, message: dict) -> tuple[str, str]:
@@ -145,7 +169,7 @@ def _role_and_content(index: int, message: dict) -> tuple[str, str]:
 
 
 def _encode_turns(
-    tokenizer: GemmaTokenizer, turns: Sequence[Turn]
+    tokenizer: GemmaTokenizer, turns: Sequence[Turn], learned: Sequence[int] = ()
 ) -> tuple[list[int], list[bool]]:
     start, end = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
     if start is None or end is None:
@@ -155,14 +179,14 @@ def _encode_turns(
         )
     newline = tokenizer.encode_plain("\n")
     ids, mask = [tokenizer.bos_token_id], [False]
-    for turn in turns:
+    for number, turn in enumerate(turns):
         head = [start, *tokenizer.encode_plain(f"{turn.role}\n")]
         body = tokenizer.encode_plain(turn.text)
         if turn.role == "user" and turn.text.startswith("\n"):
             # Only a system message can begin so. Its newlines join the one before them
             # in one piece, as they do where the whole chat is cut as one text.
             head, body = [start], tokenizer.encode_plain(f"user\n{turn.text}")
-        learn = turn.role == "model"
+        learn = number in learned
         ids += [*head, *body, end, *newline]
         mask += [False] * len(head) + [learn] * (len(body) + 1) + [False] * len(newline)
     return ids, mask

@@ -1,7 +1,13 @@
 """What `fit()` and `generate()` take: text, pairs and chats, sorted and made arrays."""
 
+import os
+
 import keras
 import numpy as np
+
+from gemma_keras.examples import Example
+from gemma_keras.packing import EpochDataset
+from gemma_keras.readers import read_examples
 
 
 def is_raw(x):
@@ -15,7 +21,7 @@ def is_raw(x):
         return getattr(x.dtype, "kind", "") in "OSU" or x.dtype == "string"
     if isinstance(x, list | tuple) and x:
         chats = isinstance(x[0], list | tuple) and x[0] and isinstance(x[0][0], dict)
-        return isinstance(x[0], str | bytes | dict) or bool(chats)
+        return isinstance(x[0], str | bytes | dict | Example) or bool(chats)
     return False
 
 
@@ -23,9 +29,35 @@ def is_dataset(x):
     """Whether `x` yields batches by itself: tf.data, a DataLoader, a generator, ..."""
     if isinstance(x, keras.utils.PyDataset):
         return True
-    if isinstance(x, str | bytes | dict | list | tuple) or hasattr(x, "shape"):
+    known = str | bytes | dict | list | tuple | os.PathLike
+    if isinstance(x, known) or hasattr(x, "shape"):
         return False
     return hasattr(x, "__iter__")
+
+
+class EpochSetter(keras.callbacks.Callback):
+    """Tells a dataset with an order for each epoch which epoch it is.
+
+    Keras ends an epoch of a dataset more often than it ends one of the training.
+    """
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.dataset = dataset
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.dataset.set_epoch(epoch)
+
+
+def with_epochs(callbacks, dataset):
+    """`callbacks` as `fit` takes them, with one that tells `dataset` the epoch."""
+    setter = EpochSetter(dataset)
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks.append(setter)
+        return callbacks
+    if callbacks is None or isinstance(callbacks, keras.callbacks.Callback):
+        callbacks = [] if callbacks is None else [callbacks]
+    return [*callbacks, setter]
 
 
 class PreprocessedDataset(keras.utils.PyDataset):
@@ -92,8 +124,10 @@ def prepare(x, y, sample_weight, preprocessor, endless=False):
 
     `endless` says that a dataset without a length may be read again and again.
     """
-    if preprocessor is None or x is None:
+    if preprocessor is None or x is None or isinstance(x, EpochDataset):
         return x, y, sample_weight
+    if isinstance(x, os.PathLike):
+        x = read_examples(x)
     if is_dataset(x):
         return prepare_dataset(x, preprocessor, endless), y, sample_weight
     if not is_raw(x):

@@ -14,22 +14,17 @@ Works on numpy arrays alone, whichever backend runs. The meaning is KerasHub's
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import keras
 import numpy as np
 
-from gemma_keras.chat import encode_chat, encode_chat_with_mask
+from gemma_keras.chat import encode_chat
+from gemma_keras.encoding import ExampleEncoder, Sample
+from gemma_keras.examples import Example
 from gemma_keras.tokenizer import GemmaTokenizer
 
 # Here and not in tokenizer.py, which knows nothing of Keras.
 keras.saving.register_keras_serializable(package="gemma_keras")(GemmaTokenizer)
-
-
-class _Sample(NamedTuple):
-    ids: list[int]
-    learn: list[bool]  # whether each id is to be predicted
-    ends: bool  # whether the last id is an <eos> that was added
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
@@ -102,7 +97,8 @@ class GemmaCausalLMPreprocessor:
                 a string, or several (all of the text is learned);
                 `{"prompts": ..., "responses": ...}`, strings or lists of strings as
                 long as each other (the responses are learned);
-                a chat, or a list of chats (the assistant's turns are learned).
+                a chat, or a list of chats (the assistant's turns are learned);
+                a list of `Example`, as from `read_examples`.
             y: must be None; the labels are made here.
             sample_weight: must be None, likewise.
             sequence_length: T, in place of the preprocessor's own.
@@ -144,6 +140,17 @@ class GemmaCausalLMPreprocessor:
         if batched:
             return x, y, sample_weight
         return {key: value[0] for key, value in x.items()}, y[0], sample_weight[0]
+
+    def encoder(self, **settings) -> ExampleEncoder:
+        """What encodes training examples as this preprocessor does.
+
+        Args:
+            **settings: further arguments of `ExampleEncoder`: `loss_on`,
+                `chat_template`, `instruct`.
+        """
+        return ExampleEncoder(
+            self.tokenizer, self.add_start_token, self.add_end_token, **settings
+        )
 
     def encode_prompt(self, prompt, max_tokens: int | None = None) -> list[int]:
         """Ids of one prompt for generation.
@@ -246,13 +253,13 @@ class GemmaCausalLMPreprocessor:
         tokenizer = keras.saving.deserialize_keras_object(config["tokenizer"])
         return cls(**{**config, "tokenizer": tokenizer})
 
-    def _read_samples(self, x) -> tuple[list[_Sample], bool]:
+    def _read_samples(self, x) -> tuple[list[Sample], bool]:
         """Samples of any of the forms that `__call__` takes, and if they are many."""
         if isinstance(x, dict):
             prompts = _as_python(_value(x, "prompts"))
             responses = _as_python(_value(x, "responses"))
             if isinstance(prompts, str | bytes):
-                return [self._pair(prompts, responses)], False
+                return [self.encoder().pair(prompts, responses)], False
             if isinstance(responses, str | bytes) or len(prompts) != len(responses):
                 count = 1 if isinstance(responses, str | bytes) else len(responses)
                 raise ValueError(
@@ -260,7 +267,7 @@ class GemmaCausalLMPreprocessor:
                     f"{count} responses."
                 )
             pairs = zip(prompts, responses, strict=True)
-            return [self._pair(*pair) for pair in pairs], True
+            return [self.encoder().pair(*pair) for pair in pairs], True
         x = _as_python(x)
         if isinstance(x, str | bytes) or _is_chat(x):
             return [self._single(x)], False
@@ -270,33 +277,26 @@ class GemmaCausalLMPreprocessor:
             )
         return [self._single(one) for one in x], True
 
-    def _single(self, x) -> _Sample:
+    def _single(self, x) -> Sample:
         if isinstance(x, str | bytes):
-            ends = self.add_end_token
-            ids = self.tokenizer.encode(x, self.add_start_token, ends)
-            return _Sample(ids, [True] * len(ids), ends)
+            return self.encoder().text(x)
         if _is_chat(x):
-            return _Sample(*encode_chat_with_mask(self.tokenizer, x), ends=False)
+            return self.encoder().chat(x)
+        if isinstance(x, Example):
+            return self.encoder()(x)
         raise TypeError(
             "A sample is a string or a chat (a list of messages with role and "
             f"content), got {type(x).__name__}: {x!r:.80}."
         )
 
-    def _pair(self, prompt: str, response: str) -> _Sample:
-        ends = self.add_end_token
-        first = self.tokenizer.encode(prompt, add_bos=self.add_start_token)
-        second = self.tokenizer.encode(response, add_eos=ends)
-        learn = [False] * len(first) + [True] * len(second)
-        return _Sample(first + second, learn, ends)
-
-    def _fit(self, sample: _Sample, length: int) -> _Sample:
+    def _fit(self, sample: Sample, length: int) -> Sample:
         """Cuts a sample at the end, but for its <eos>."""
         if len(sample.ids) <= length:
             return sample
         if not sample.ends:
-            return _Sample(sample.ids[:length], sample.learn[:length], False)
+            return Sample(sample.ids[:length], sample.learn[:length], False)
         ids = [*sample.ids[: length - 1], self.tokenizer.eos_token_id]
-        return _Sample(ids, [*sample.learn[: length - 1], False], True)
+        return Sample(ids, [*sample.learn[: length - 1], False], True)
 
     def _pad(self, rows: Sequence[Sequence], length: int) -> tuple[np.ndarray, ...]:
         """Rows as int32 [B, length], and where they are filled, bool [B, length]."""

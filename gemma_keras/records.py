@@ -1,0 +1,330 @@
+"""Rows of data files, and of what is in memory already, each with its place.
+
+Files are read once, row by row, and never held whole, but for a `.json` that is one
+object. What is wrong with a single row comes as that row's fault, so that a reader can
+collect or skip it; what is wrong with a whole file is a `DataError`.
+"""
+
+import contextlib
+import csv
+import gzip
+import json
+import os
+import pathlib
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+# What is read of a JSON array at a time, in characters.
+_CHUNK = 1 << 20
+_LONGEST_FIELD = 2**31 - 1
+# Bytes that are no UTF-8 come out of `open` so; JSON can write halves of a pair itself.
+_BROKEN = re.compile("[\ud800-\udfff]")
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message says where, why and what to do."""
+
+
+class Row(NamedTuple):
+    """One row of a source, or what is wrong with it."""
+
+    number: int  # line from 1 in a text file, index from 0 elsewhere
+    value: object = None
+    fault: str | None = None
+
+
+class Rows(NamedTuple):
+    """A source of rows: its name, and where a row of it is."""
+
+    name: str
+    rows: Iterable[Row]
+    lines: bool  # whether numbers are lines of a file
+
+    def place(self, number: int) -> str:
+        """Where a row is: `data.jsonl:7`, or `data.parquet, row 7`."""
+        return f"{self.name}:{number}" if self.lines else f"{self.name}, row {number}"
+
+
+def open_rows(source) -> Rows:
+    """The rows of a file, or of an object in memory.
+
+    Args:
+        source: the path of a file with one of the suffixes in `FILES` (all but
+            `.parquet` may be followed by `.gz`); a dict of columns, or of one row; an
+            iterable of rows, such as a list or a Hugging Face dataset.
+
+    Raises:
+        DataError: there is no such file, or it is of no kind that is read.
+        TypeError: `source` is nothing that has rows.
+        ImportError: a `.parquet` file, and pyarrow is not installed.
+    """
+    if isinstance(source, str | os.PathLike):
+        return _open_file(pathlib.Path(source).expanduser(), source)
+    name = f"the {type(source).__name__}"
+    if isinstance(source, dict):
+        return Rows(name, _dict_rows(source, name), False)
+    if isinstance(source, bytes) or not isinstance(source, Iterable):
+        raise TypeError(
+            "Examples come from the path of a file, a list, a dict of columns or a "
+            f"dataset, got {type(source).__name__}: {source!r:.80}."
+        )
+    return Rows(name, (Row(*pair) for pair in enumerate(source)), False)
+
+
+def is_broken(text: str) -> bool:
+    """Whether text holds what is no Unicode, such as bytes that are not UTF-8."""
+    return not text.isascii() and _BROKEN.search(text) is not None
+
+
+def _dict_rows(columns: dict, name: str) -> Iterator[Row]:
+    """Rows of a dict of columns; one row if it is a row itself."""
+    values = list(columns.values())
+    if columns and all(_has_rows(value) for value in values):
+        first = next(iter(columns))
+        raise DataError(
+            f"{name} has splits ({', '.join(map(str, columns))}): pass one of them, "
+            f"such as data[{first!r}]."
+        )
+    values = [v.tolist() if hasattr(v, "tolist") else v for v in values]
+    rows = _rows_inside(values)
+    if rows is not None:
+        return (Row(*pair) for pair in enumerate(rows))
+    if not values or not all(isinstance(value, list | tuple) for value in values):
+        return iter([Row(0, columns)])
+    if any(value and _is_message(value[0]) for value in values):
+        return iter([Row(0, columns)])
+    lengths = {key: len(v) for key, v in zip(columns, values, strict=True)}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{key}: {length}" for key, length in lengths.items())
+        raise DataError(f"{name}: its columns differ in length ({listed}).")
+    rows = zip(*values, strict=True)
+    return (Row(i, dict(zip(columns, row, strict=True))) for i, row in enumerate(rows))
+
+
+def _has_rows(value) -> bool:
+    """Whether this is a dataset by itself, as the splits of a `DatasetDict` are."""
+    return hasattr(value, "column_names") and hasattr(value, "__iter__")
+
+
+def _rows_inside(values: list) -> list | None:
+    """The list of rows that is all there is in a dict, as in `{"data": [...]}`."""
+    if len(values) != 1 or not isinstance(values[0], list) or not values[0]:
+        return None
+    first = values[0][0]
+    return values[0] if isinstance(first, dict) and not _is_message(first) else None
+
+
+def _is_message(value) -> bool:
+    return isinstance(value, dict) and bool({"role", "from"} & value.keys())
+
+
+def _open_file(path: pathlib.Path, given) -> Rows:
+    if len(str(path)) > 1000 or "\n" in str(path):
+        raise DataError(
+            f"A string is the path of a file, got {str(given)!r:.60}: pass texts as a "
+            "list of strings."
+        )
+    if path.is_dir():
+        raise DataError(f"{path} is a directory: name a file in it.")
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file.")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = suffixes[-1:] == [".gz"]
+    kind = (suffixes[:-1] if packed else suffixes)[-1:]
+    if kind == [".parquet"] and not packed:
+        return Rows(path.name, _parquet_rows(path), False)
+    readers = {
+        ".jsonl": _json_lines,
+        ".ndjson": _json_lines,
+        ".json": _json_rows,
+        ".csv": _csv_rows,
+        ".tsv": _csv_rows,
+        ".txt": _text_blocks,
+    }
+    if not kind or kind[0] not in readers:
+        raise DataError(
+            f"{path}: data is read from files whose names end with "
+            f"{', '.join(FILES)}, or these with .gz; rename or convert it."
+        )
+    return Rows(path.name, _text_rows(path, packed, readers[kind[0]]), True)
+
+
+def _text_rows(path, packed, reader) -> Iterator[Row]:
+    """The rows that `reader` finds in a text file, once it is known to be one."""
+    opener = gzip.open if packed else open
+    try:
+        with opener(path, "rb") as file:
+            head = file.read(4)
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise DataError(f"{path} is UTF-16: save it as UTF-8.")
+        if not head:
+            raise DataError(f"{path} is empty.")
+        settings = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
+        if reader is _csv_rows:
+            settings["newline"] = ""
+        with opener(path, "rt", **settings) as file:
+            yield from reader(file, path)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged: {error}.") from error
+
+
+def _json_lines(file, path) -> Iterator[Row]:
+    del path
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        if is_broken(line):
+            yield Row(number, fault="it is not UTF-8")
+            continue
+        try:
+            yield Row(number, json.loads(line))
+        except json.JSONDecodeError as error:
+            yield Row(number, fault=f"not JSON: {error.msg} at column {error.colno}")
+        except RecursionError:
+            yield Row(number, fault="its JSON is nested too deeply")
+
+
+def _json_rows(file, path) -> Iterator[Row]:
+    """Rows of an array, of a dict of columns, or of lines that are JSON each."""
+    # Not the first line: an array may be all in one.
+    start = file.read(_CHUNK).lstrip()
+    file.seek(0)
+    if start.startswith("["):
+        yield from _array_rows(file, path)
+        return
+    lines = (line for line in file if line.strip())
+    first, more = next(lines, ""), next(lines, None)
+    file.seek(0)
+    whole = more is None
+    if not whole:
+        # A whole object in the first line: there is one in each.
+        try:
+            json.loads(first)
+        except (json.JSONDecodeError, RecursionError):
+            whole = True
+    yield from (_object_rows if whole else _json_lines)(file, path)
+
+
+def _object_rows(file, path) -> Iterator[Row]:
+    try:
+        whole = json.load(file)
+    except (json.JSONDecodeError, RecursionError) as error:
+        place = getattr(error, "lineno", 1)
+        reason = getattr(error, "msg", "nested too deeply")
+        raise DataError(f"{path.name}:{place}: not JSON: {reason}.") from None
+    if not isinstance(whole, dict):
+        raise DataError(f"{path.name}: expected a list of rows, got {whole!r:.60}.")
+    for row in _dict_rows(whole, path.name):
+        yield row._replace(number=row.number + 1)
+
+
+def _array_rows(file, path) -> Iterator[Row]:
+    """Elements of a JSON array, each as soon as it has been read."""
+    decoder, separator = json.JSONDecoder(), re.compile(r"[\s,]*")
+    buffer, line = file.read(_CHUNK), 1
+    position = buffer.index("[") + 1
+    line += buffer.count("\n", 0, position)
+    while True:
+        end = separator.match(buffer, position).end()
+        line += buffer.count("\n", position, end)
+        position = end
+        if buffer[position : position + 1] == "]":
+            return
+        try:
+            value, end = decoder.raw_decode(buffer, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            # Perhaps it goes on where the buffer ends. Doubling keeps this linear.
+            more = file.read(max(_CHUNK, len(buffer) - position))
+            if more:
+                buffer, position = buffer[position:] + more, 0
+                continue
+            at = line + buffer.count("\n", position, getattr(error, "pos", position))
+            reason = getattr(error, "msg", "nested too deeply")
+            raise DataError(f"{path.name}:{at}: not JSON: {reason}.") from None
+        yield Row(line, value)
+        line += buffer.count("\n", position, end)
+        position = end
+
+
+def _csv_rows(file, path) -> Iterator[Row]:
+    first = file.readline()
+    file.seek(0)
+    delimiter = "\t" if ".tsv" in path.name.lower() else ","
+    if delimiter not in first and ";" in first:
+        delimiter = ";"  # as spreadsheets write it where the comma is decimal
+    with _long_fields():
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        header, before = None, 0
+        while True:
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise DataError(f"{path.name}:{before + 1}: {error}.") from None
+            number, before = before + 1, reader.line_num
+            if header is None:
+                header = _checked_header(fields, path)
+            elif fields and len(fields) != len(header):
+                fault = f"it has {len(fields)} fields, the header {len(header)}"
+                yield Row(number, fault=fault)
+            elif fields:
+                yield Row(number, dict(zip(header, fields, strict=True)))
+
+
+@contextlib.contextmanager
+def _long_fields():
+    """The csv module's limit of 131,072 characters lifted."""
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _checked_header(fields, path):
+    names = [field.strip() for field in fields]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise DataError(
+            f"{path.name}:1: two columns are called {', '.join(sorted(twice))!r}: the "
+            "first line must name the columns."
+        )
+    return names
+
+
+def _text_blocks(file, path) -> Iterator[Row]:
+    """Documents: blocks of lines, with at least one blank line between them."""
+    del path
+    block, start = [], 1
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            start = start if block else number
+            block.append(line)
+        elif block:
+            yield Row(start, "".join(block).rstrip("\n"))
+            block = []
+    if block:
+        yield Row(start, "".join(block).rstrip("\n"))
+
+
+def _parquet_rows(path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            f'{path}: Parquet is read with pyarrow: pip install "gemma_keras[parquet]"'
+        ) from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    yield Row(number, value)
+                    number += 1
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
