@@ -181,12 +181,14 @@ def _detect_columns(row, format, given) -> Layout:
                 possible[name] = found
     possible = _most_telling(row, possible, format)
     if len(possible) != 1:
-        kinds = f"as {' and as '.join(possible)}" if possible else "as no format"
+        what = f"no known format has the columns {_listed(row)}"
+        if possible:
+            kinds = " and as ".join(possible)
+            what = f"the columns {_listed(row)} can be read as {kinds}"
         raise DataError(
-            f"the columns {_listed(row)} can be read {kinds}. Say which is which with "
-            f"format (one of {', '.join(FORMATS)}) and columns, such as "
-            'prompt=COLUMN and response=COLUMN; "text" and "messages" are the other '
-            "usual names."
+            f"{what}. Say which is which with format (one of {', '.join(FORMATS)}) "
+            "and with columns such as prompt=COLUMN response=COLUMN, text=COLUMN or "
+            "messages=COLUMN."
         )
     (name, found), *_ = possible.items()
     doubtful = [role for role, names in found.items() if len(names) > 1]

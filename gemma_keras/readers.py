@@ -109,7 +109,7 @@ class _Reader:
         except DataError as error:
             # Of the layout: it would be the same for every row.
             if not self.skip_bad or self.num_bad == LISTED:
-                raise DataError(f"{self.rows.place(row.number)}: {error}") from None
+                raise DataError(f"{self._place(row)}: {error}") from None
             return self._bad(row, str(error))
         except (TypeError, ValueError) as error:
             return self._bad(row, str(error))
@@ -117,9 +117,13 @@ class _Reader:
     def _bad(self, row, reason):
         self.num_bad += 1
         if len(self.faults) < LISTED:
-            self.faults.append(f"{self.rows.place(row.number)}: {reason.rstrip('.')}")
+            self.faults.append(f"{self._place(row)}: {reason.rstrip('.')}")
         if self.num_bad == LISTED and not self.skip_bad:
             raise self.error(f"The first {LISTED} bad rows")
+
+    def _place(self, row):
+        item = "" if row.item is None else f" (item {row.item})"
+        return self.rows.place(row.number) + item
 
     def error(self, title="Bad rows") -> DataError:
         """What is wrong with all of them."""

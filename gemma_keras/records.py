@@ -34,6 +34,7 @@ class Row(NamedTuple):
     number: int  # line from 1 in a text file, index from 0 elsewhere
     value: object = None
     fault: str | None = None
+    item: int | None = None  # index in a JSON array, which may be all in one line
 
 
 class Rows(NamedTuple):
@@ -180,7 +181,7 @@ def _json_lines(file, path) -> Iterator[Row]:
             yield Row(number, fault="it is not UTF-8")
             continue
         try:
-            yield Row(number, json.loads(line))
+            yield Row(number, json.loads(line.rstrip("\n")))
         except json.JSONDecodeError as error:
             yield Row(number, fault=f"not JSON: {error.msg} at column {error.colno}")
         except RecursionError:
@@ -224,7 +225,7 @@ def _object_rows(file, path) -> Iterator[Row]:
 def _array_rows(file, path) -> Iterator[Row]:
     """Elements of a JSON array, each as soon as it has been read."""
     decoder, separator = json.JSONDecoder(), re.compile(r"[\s,]*")
-    buffer, line = file.read(_CHUNK), 1
+    buffer, line, item = file.read(_CHUNK), 1, 0
     position = buffer.index("[") + 1
     line += buffer.count("\n", 0, position)
     while True:
@@ -244,7 +245,8 @@ def _array_rows(file, path) -> Iterator[Row]:
             at = line + buffer.count("\n", position, getattr(error, "pos", position))
             reason = getattr(error, "msg", "nested too deeply")
             raise DataError(f"{path.name}:{at}: not JSON: {reason}.") from None
-        yield Row(line, value)
+        yield Row(line, value, item=item)
+        item += 1
         line += buffer.count("\n", position, end)
         position = end
 

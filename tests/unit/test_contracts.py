@@ -48,7 +48,8 @@ OVERRIDES = {
     *("build", "call", "quantized_call", "get_config", "from_config"),
     *("get_compile_config", "compile_from_config"),
     *("save_own_variables", "load_own_variables"),
-    *("on_train_begin", "on_train_batch_end", "on_train_end", "on_epoch_end"),
+    *("on_train_begin", "on_train_batch_end", "on_train_end"),
+    *("on_epoch_begin", "on_epoch_end"),
     "num_batches",
 }
 
