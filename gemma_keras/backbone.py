@@ -267,6 +267,7 @@ class GemmaBackbone(keras.Model):
         if not isinstance(config, GemmaConfig):
             raise TypeError(f"config must be a GemmaConfig, got {config!r}.")
         self.config = config
+        self.remat = False  # keep only the inputs of blocks for a backward pass
         shared = {"init": init or random_init, "dtype": self.dtype_policy}
         self.token_embedding = keras.layers.ReversibleEmbedding(
             config.vocab_size,
@@ -321,13 +322,20 @@ class GemmaBackbone(keras.Model):
             zip(self.blocks, self.config.layer_kinds, strict=True)
         ):
             if step is None:
-                x = block(x, tables[kind], masks[kind])
+                x = self._train_block(block, x, tables[kind], masks[kind])
             else:
                 x = block.call(x, tables[kind], masks[kind], cache=step.layers[i])
             if layer_intercept_fn is not None:
                 x = layer_intercept_fn(x, i)
         x = self.final_normalization.call(x)
         return x if step is None else (x, step.finish())
+
+    def _train_block(self, block, x, table, mask):
+        """The block, or one that a backward pass computes again if so asked."""
+        if not self.remat:
+            return block(x, table, mask)
+        # TensorFlow's remat takes numbers only, which masks are not.
+        return keras.remat(lambda x: block(x, table, mask))(x)
 
     def embed(self, inputs, layer_intercept_fn=None):
         """Scaled embeddings [B, T, D], in the dtype of the residual stream."""
@@ -341,14 +349,23 @@ class GemmaBackbone(keras.Model):
         x = x * ops.cast(math.sqrt(self.config.hidden_dim), self.compute_dtype)
         return ops.cast(x, "float32") if self.compute_dtype == "float16" else x
 
-    def logits(self, hidden):
-        """Logits [..., V], soft cap included, of hidden states [..., D]."""
+    def logits(self, hidden, table=None):
+        """Logits [..., V], soft cap included, of hidden states [..., D].
+
+        `table` [V, D] stands in for the embeddings, as where they are held constant.
+        """
         if self.token_embedding.quantization_mode is None:
-            logits = backend.matmul(hidden, self.token_embedding.embeddings, True)
+            table = self.token_embedding.embeddings if table is None else table
+            logits = backend.matmul(hidden, table, True)
         else:
             logits = self.token_embedding(hidden, reverse=True)
         cap = self.config.final_logit_soft_cap
         return logits if cap is None else soft_cap(ops.cast(logits, "float32"), cap)
+
+    def head_transpose(self, slopes, table=None):
+        """Gradients [C, D] of rows, given those of their uncapped logits [C, V]."""
+        table = self.token_embedding.embeddings if table is None else table
+        return backend.matmul(slopes, table)
 
     def _rotary_tables(self, positions):
         config = self.config

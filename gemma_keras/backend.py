@@ -219,6 +219,50 @@ def loop(condition, body, state):
     return tf.while_loop(condition, lambda state: (body(state),), (state,))[0]
 
 
+def branch(condition, yes, no):
+    """`yes()` or `no()`, for what they do to variables."""
+    if NAME == "tensorflow":
+        tf.cond(condition, lambda: (yes(), ())[1], lambda: (no(), ())[1])
+    elif condition:
+        yes()
+    else:
+        no()
+
+
+def no_gradient():
+    """A context within which torch keeps nothing for a backward pass."""
+    return torch.no_grad() if NAME == "torch" else contextlib.nullcontext()
+
+
+def softmax_cross_entropy(logits, labels):
+    """Loss of each row, whether it is right, and the gradient of its loss.
+
+    Args:
+        logits: float32 [C, V].
+        labels: int32 [C].
+
+    Returns:
+        Losses [C]; 1.0 where the label is the likeliest, else 0.0, [C]; and softmax
+        minus one hot, [C, V]. All float32.
+    """
+    right = ops.cast(ops.argmax(logits, axis=-1), "int32") == labels
+    chosen = ops.take_along_axis(logits, labels[:, None], axis=-1)
+    top = ops.max(logits, axis=-1, keepdims=True)
+    if NAME == "torch":
+        # In place: a temporary here is as large as everything else together.
+        slope = torch.sub(logits, top).exp_()
+        total = slope.sum(-1, keepdim=True)
+        slope.div_(total)
+        slope.scatter_add_(1, labels[:, None].long(), -torch.ones_like(chosen))
+    else:
+        powers = ops.exp(logits - top)
+        total = ops.sum(powers, axis=-1, keepdims=True)
+        columns = ops.arange(logits.shape[-1], dtype="int32")
+        slope = powers / total - ops.cast(columns == labels[:, None], "float32")
+    losses = (ops.log(total) + top - chosen)[:, 0]
+    return losses, ops.cast(right, "float32"), slope
+
+
 _in_program = contextvars.ContextVar("in_program", default=False)
 
 

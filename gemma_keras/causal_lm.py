@@ -1,15 +1,21 @@
 """`GemmaCausalLM`: text in, text out, and `fit()` on text."""
 
 import keras
-import ml_dtypes
 from keras import ops
 
-from gemma_keras import data, generation, loading, samplers, text_generation
-from gemma_keras.packing import EpochDataset
+from gemma_keras import (
+    data,
+    generation,
+    loading,
+    loss,
+    samplers,
+    text_generation,
+    trainer,
+)
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
-class GemmaCausalLM(keras.Model):
+class GemmaCausalLM(trainer.TokenTrainer):
     """A Gemma that predicts the next token, with everything that is done with one.
 
     Args:
@@ -108,122 +114,27 @@ class GemmaCausalLM(keras.Model):
         return self.backbone.config
 
     def call(self, inputs):
-        logits = self.backbone.logits(self.backbone(inputs))
+        hidden = self.backbone(inputs)
+        if self._gives_hidden:
+            return hidden
+        logits = self.backbone.logits(hidden)
         compute = self.logits_dtype == "compute"
         return ops.cast(logits, self.compute_dtype if compute else "float32")
 
-    def compile(
-        self,
-        optimizer="auto",
-        loss="auto",
-        *,
-        weighted_metrics="auto",
-        sampler="greedy",
-        **kwargs,
-    ):
-        """Set up training, as `keras.Model.compile`, and the default sampler.
+    def compile(self, *args, sampler="greedy", **kwargs):
+        """Set up training, as `TokenTrainer.compile`, and the default sampler.
 
         Args:
-            optimizer: `"auto"` is Adam with a learning rate of 2e-5.
-            loss: `"auto"` is the cross-entropy of the next token.
-            weighted_metrics: `"auto"` is the accuracy of the next token.
+            *args: arguments of `TokenTrainer.compile`.
             sampler: what `generate` uses if it is not told: a name or a `Sampler`.
-            **kwargs: further arguments of `keras.Model.compile`.
+            **kwargs: likewise.
         """
-        if optimizer == "auto":
-            optimizer = keras.optimizers.Adam(2e-5)
-        if loss == "auto":
-            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        if weighted_metrics == "auto":
-            weighted_metrics = [keras.metrics.SparseCategoricalAccuracy()]
-        super().compile(
-            optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs
-        )
+        super().compile(*args, **kwargs)
         self.sampler = samplers.get(sampler)
 
     def get_compile_config(self):
-        return {
-            **super().get_compile_config(),
-            "sampler": keras.saving.serialize_keras_object(self.sampler),
-            "optimizer_has_state": bool(self.optimizer and self.optimizer.built),
-        }
-
-    def compile_from_config(self, config):
-        config = keras.saving.deserialize_keras_object(config)
-        has_state = config.pop("optimizer_has_state")
-        self.compile(**config)
-        if has_state:
-            self.optimizer.build(self.trainable_variables)
-
-    def fit(
-        self, x=None, y=None, *, sample_weight=None, validation_data=None, **kwargs
-    ):
-        """Train, as `keras.Model.fit`.
-
-        Args:
-            x: texts; or `{"prompts": [...], "responses": [...]}`, or chats, each a
-                list of messages, whose responses alone are learned; or a dataset of
-                batches of these; or what `read_examples` gives, or a `pathlib.Path`
-                of a file for it; or a `PackedDataset` or `BucketedDataset`; or
-                anything that Keras takes.
-            y: targets, if `x` holds token ids.
-            sample_weight: weight of each target, if `x` holds token ids.
-            validation_data: in the same forms.
-            **kwargs: further arguments of `keras.Model.fit`.
-        """
-        self._check_optimizer()
-        epochs = isinstance(x, EpochDataset)
-        if epochs or (data.is_dataset(x) and not isinstance(x, keras.utils.PyDataset)):
-            # It comes in its own order, whatever index Keras asks for.
-            kwargs["shuffle"] = False
-        if epochs:
-            kwargs["callbacks"] = data.with_epochs(kwargs.get("callbacks"), x)
-        x, y, sample_weight = data.prepare(
-            x, y, sample_weight, self.preprocessor, bool(kwargs.get("steps_per_epoch"))
-        )
-        if validation_data is not None:
-            validation_data = self._prepare_validation(validation_data)
-        return super().fit(
-            x, y, sample_weight=sample_weight, validation_data=validation_data, **kwargs
-        )
-
-    def _check_optimizer(self):
-        """Refuse an Adam that would silently change nothing.
-
-        Keras computes in the dtype of the weight. In bfloat16 a beta_2 of 0.999 is 1,
-        the bias correction 1 - beta_2 ** t is 0, and so is every step.
-        """
-        beta = getattr(self.optimizer, "beta_2", None)
-        if beta is None or float(ml_dtypes.bfloat16(beta)) < 1:
-            return
-        if any(
-            keras.backend.standardize_dtype(variable.dtype) == "bfloat16"
-            for variable in self.trainable_variables
-        ):
-            raise ValueError(
-                f"{type(self.optimizer).__name__} with beta_2={beta} cannot train "
-                "bfloat16 weights: rounded to bfloat16 it is 1, and every step is 0. "
-                "Call backbone.enable_lora(rank), whose factors are float32; or load "
-                'with dtype="mixed_bfloat16", which keeps float32 weights; or lower '
-                "beta_2 to 0.99."
-            )
-
-    def _prepare_validation(self, validation_data):
-        if not isinstance(validation_data, tuple):
-            validation_data = (validation_data,)
-        x, y, weight = (*validation_data, None, None)[:3]
-        x, y, weight = data.prepare(x, y, weight, self.preprocessor)
-        return x if y is None else (x, y, weight)
-
-    def evaluate(self, x=None, y=None, *, sample_weight=None, **kwargs):
-        """Loss and metrics, as `keras.Model.evaluate`; inputs as in `fit`."""
-        x, y, sample_weight = data.prepare(x, y, sample_weight, self.preprocessor)
-        return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
-
-    def predict(self, x, **kwargs):
-        """Logits, as `keras.Model.predict`; inputs as in `fit`."""
-        x, _, _ = data.prepare(x, None, None, self.preprocessor)
-        return super().predict(x, **kwargs)
+        sampler = keras.saving.serialize_keras_object(self.sampler)
+        return {**super().get_compile_config(), "sampler": sampler}
 
     def generate(
         self,
@@ -402,17 +313,15 @@ class GemmaCausalLM(keras.Model):
         if padding_mask is not None:
             inputs["padding_mask"] = ops.convert_to_tensor(padding_mask, dtype="bool")
         hidden = self.backbone(inputs, layer_intercept_fn=layer_intercept_fn)
-        logits = ops.cast(self.backbone.logits(hidden), "float32")
         if scoring_mode == "logits":
-            return logits
+            return ops.cast(self.backbone.logits(hidden), "float32")
         counted = inputs.get("padding_mask", ops.ones_like(token_ids, dtype="bool"))
         if target_ids is None:
             target_ids = ops.pad(token_ids[:, 1:], [[0, 0], [0, 1]])
             following = ops.pad(ops.cast(counted, "int32")[:, 1:], [[0, 0], [0, 1]])
             counted = ops.logical_and(counted, following > 0)
         target_ids = ops.convert_to_tensor(target_ids, dtype="int32")
-        chosen = ops.take_along_axis(logits, target_ids[..., None], axis=-1)[..., 0]
-        log_probs = chosen - ops.logsumexp(logits, axis=-1)
+        log_probs = loss.token_log_probs(hidden, target_ids, self.backbone)
         log_probs = ops.where(counted, log_probs, 0.0)
         return log_probs if scoring_mode == "log_probs" else -log_probs
 

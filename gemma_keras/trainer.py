@@ -1,0 +1,313 @@
+"""`fit()` for language models: what Keras' trainer has to know of tokens.
+
+Three things are not as Keras has them:
+
+- The loss is the mean over the tokens that count, and so is what is reported; Keras
+  divides by all B * T positions, so that padding dilutes both.
+- The logits of all positions are never made (see `loss.py`), unless the model is
+  compiled with a loss or metric that needs them.
+- Accumulated gradients are weighted by their tokens (see `optimizers.py`).
+"""
+
+import contextlib
+
+import keras
+import ml_dtypes
+from keras import ops
+
+from gemma_keras import data, optimizers
+from gemma_keras import loss as token_loss
+from gemma_keras.packing import EpochDataset
+
+
+class TokenMean(keras.metrics.Mean):
+    """A mean over tokens, of sums that it is told."""
+
+    def add(self, total, weight):
+        """Take in a sum over tokens that weigh `weight` together."""
+        self.total.assign_add(ops.cast(total, self.dtype))
+        self.count.assign_add(ops.cast(weight, self.dtype))
+
+
+class TokenMetrics:
+    """The loss and the accuracy that come out of one pass.
+
+    Not a Keras object, so that the model does not track the metrics of every
+    `compile` that it has ever seen.
+    """
+
+    def __init__(self, accuracy_names):
+        self.loss = TokenMean("loss")
+        self.accuracies = [TokenMean(name) for name in accuracy_names]
+
+    def add(self, totals):
+        """Take in the `loss.Totals` of a batch."""
+        self.loss.add(ops.stop_gradient(totals.loss), totals.weight)
+        for accuracy in self.accuracies:
+            accuracy.add(totals.right, totals.weight)
+
+
+class TokenTrainer(keras.Model):
+    """A `keras.Model` with a `backbone`, a `preprocessor` and a loss by tokens."""
+
+    _gives_hidden = False
+    _token_metrics = None
+
+    def compile(
+        self,
+        optimizer="auto",
+        loss="auto",
+        *,
+        weighted_metrics="auto",
+        gradient_accumulation_steps=None,
+        remat=False,
+        **kwargs,
+    ):
+        """Set up training, as `keras.Model.compile`.
+
+        Args:
+            optimizer: `"auto"` is Adam with a learning rate of 2e-5. If it has
+                `gradient_accumulation_steps`, they are taken over.
+            loss: `"auto"` is the cross-entropy of the next token. It, and
+                `SparseCategoricalCrossentropy(from_logits=True)`, is the mean over
+                the tokens that count and makes the logits of those alone. Any other
+                loss gets logits [B, T, V], and is reduced as Keras does.
+            weighted_metrics: `"auto"` is the accuracy of the next token, which comes
+                with the loss. Any other metric gets logits [B, T, V].
+            gradient_accumulation_steps: batches whose gradients make one step, each
+                weighted by its tokens.
+            remat: keep only the inputs of each block for the backward pass, and
+                compute the rest again: a third more work, for a fraction of the
+                memory.
+            **kwargs: further arguments of `keras.Model.compile`.
+        """
+        if optimizer == "auto":
+            optimizer = keras.optimizers.Adam(2e-5)
+        if loss == "auto":
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        if weighted_metrics == "auto":
+            weighted_metrics = [keras.metrics.SparseCategoricalAccuracy()]
+        names = _names_of_accuracies(weighted_metrics)
+        others = kwargs.get("metrics") or kwargs.get("loss_weights")
+        by_token = _is_cross_entropy(loss) and names is not None and not others
+        self.backbone.remat = bool(remat)
+        self._compile_loss = self._compile_metrics = None
+        super().compile(
+            optimizer=_accumulating(optimizer, gradient_accumulation_steps),
+            loss=None if by_token else loss,
+            weighted_metrics=None if by_token else weighted_metrics,
+            **kwargs,
+        )
+        self._token_metrics = TokenMetrics(names) if by_token else None
+        self._compiled_with = keras.saving.serialize_keras_object(
+            {"loss": loss, "weighted_metrics": weighted_metrics, "remat": remat}
+        )
+
+    def get_compile_config(self):
+        return {
+            **super().get_compile_config(),
+            **self._compiled_with,
+            "optimizer_has_state": bool(self.optimizer and self.optimizer.built),
+        }
+
+    def compile_from_config(self, config):
+        config = keras.saving.deserialize_keras_object(config)
+        has_state = config.pop("optimizer_has_state")
+        self.compile(**config)
+        if has_state:
+            self.optimizer.build(self.trainable_variables)
+
+    @property
+    def metrics(self):
+        if self._token_metrics is None:
+            return super().metrics
+        return [self._token_metrics.loss, *self._token_metrics.accuracies]
+
+    def get_metrics_result(self):
+        results = super().get_metrics_result()
+        if self._token_metrics is not None:
+            results["perplexity"] = ops.exp(results["loss"])
+        return results
+
+    def train_step(self, *args):
+        """One batch, as Keras has it: `(data)`, or `(state, data)` on JAX."""
+        accumulation = _accumulation_of(self.optimizer)
+        if accumulation is not None:
+            _, y, weight = keras.utils.unpack_x_y_sample_weight(args[-1])
+            accumulation.tokens = ops.sum(_weights(y, weight))
+        with self._giving_hidden():
+            return super().train_step(*args)
+
+    def test_step(self, *args):
+        """One batch without learning; arguments as in `train_step`."""
+        with self._giving_hidden():
+            return super().test_step(*args)
+
+    @contextlib.contextmanager
+    def _giving_hidden(self):
+        """Have `call` stop before the head, which the loss brings itself."""
+        self._gives_hidden = self._token_metrics is not None
+        try:
+            yield
+        finally:
+            self._gives_hidden = False
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        if not self._gives_hidden:
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        if y is None:
+            raise ValueError(
+                "There is nothing to learn: pass text, or token ids as x with y, the "
+                "token that follows each position."
+            )
+        embeddings = self.backbone.token_embedding.embeddings
+        totals = token_loss.cross_entropy(
+            y_pred,
+            y,
+            _weights(y, sample_weight),
+            self.backbone,
+            train_head=training and embeddings.trainable,
+        )
+        self._token_metrics.add(totals)
+        loss = totals.loss / ops.maximum(totals.weight, 1e-9)
+        return sum(map(ops.sum, self.losses), start=loss)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        if self._gives_hidden:
+            return self.get_metrics_result()
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def fit(
+        self, x=None, y=None, *, sample_weight=None, validation_data=None, **kwargs
+    ):
+        """Train, as `keras.Model.fit`.
+
+        Args:
+            x: texts; or `{"prompts": [...], "responses": [...]}`, or chats, each a
+                list of messages, whose responses alone are learned; or a dataset of
+                batches of these; or what `read_examples` gives, or a `pathlib.Path`
+                of a file for it; or a `PackedDataset` or `BucketedDataset`; or
+                anything that Keras takes.
+            y: targets, if `x` holds token ids.
+            sample_weight: weight of each target, if `x` holds token ids.
+            validation_data: in the same forms.
+            **kwargs: further arguments of `keras.Model.fit`.
+        """
+        self._check_optimizer()
+        epochs = isinstance(x, EpochDataset)
+        if epochs or (data.is_dataset(x) and not isinstance(x, keras.utils.PyDataset)):
+            # It comes in its own order, whatever index Keras asks for.
+            kwargs["shuffle"] = False
+        if epochs:
+            kwargs["callbacks"] = data.with_epochs(kwargs.get("callbacks"), x)
+        x, y, sample_weight = data.prepare(
+            x, y, sample_weight, self.preprocessor, bool(kwargs.get("steps_per_epoch"))
+        )
+        if validation_data is not None:
+            validation_data = self._prepare_validation(validation_data)
+        return super().fit(
+            x, y, sample_weight=sample_weight, validation_data=validation_data, **kwargs
+        )
+
+    def _check_optimizer(self):
+        """Refuse an Adam that would silently change nothing.
+
+        Keras computes in the dtype of the weight. In bfloat16 a beta_2 of 0.999 is 1,
+        the bias correction 1 - beta_2 ** t is 0, and so is every step.
+        """
+        optimizer = self.optimizer
+        while hasattr(optimizer, "inner_optimizer"):
+            optimizer = optimizer.inner_optimizer
+        beta = getattr(optimizer, "beta_2", None)
+        if beta is None or float(ml_dtypes.bfloat16(beta)) < 1:
+            return
+        if any(
+            keras.backend.standardize_dtype(variable.dtype) == "bfloat16"
+            for variable in self.trainable_variables
+        ):
+            raise ValueError(
+                f"{type(optimizer).__name__} with beta_2={beta} cannot train "
+                "bfloat16 weights: rounded to bfloat16 it is 1, and every step is 0. "
+                "Call backbone.enable_lora(rank), whose factors are float32; or load "
+                'with dtype="mixed_bfloat16", which keeps float32 weights; or lower '
+                "beta_2 to 0.99."
+            )
+
+    def _prepare_validation(self, validation_data):
+        if not isinstance(validation_data, tuple):
+            validation_data = (validation_data,)
+        x, y, weight = (*validation_data, None, None)[:3]
+        x, y, weight = data.prepare(x, y, weight, self.preprocessor)
+        return x if y is None else (x, y, weight)
+
+    def evaluate(self, x=None, y=None, *, sample_weight=None, **kwargs):
+        """Loss and metrics, as `keras.Model.evaluate`; inputs as in `fit`."""
+        x, y, sample_weight = data.prepare(x, y, sample_weight, self.preprocessor)
+        return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
+
+    def predict(self, x, **kwargs):
+        """Logits, as `keras.Model.predict`; inputs as in `fit`."""
+        x, _, _ = data.prepare(x, None, None, self.preprocessor)
+        return super().predict(x, **kwargs)
+
+
+def _weights(y, sample_weight):
+    if sample_weight is None:
+        return ops.ones(ops.shape(y), dtype="float32")
+    # A weight for each row holds for each token of it.
+    weight = ops.cast(sample_weight, "float32")
+    missing = len(ops.shape(y)) - len(ops.shape(weight))
+    weight = ops.reshape(weight, (*ops.shape(weight), *[1] * missing))
+    return ops.broadcast_to(weight, ops.shape(y))
+
+
+def _is_cross_entropy(loss):
+    """Whether `loss` is the mean cross-entropy of logits, and nothing more."""
+    if not isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
+        return False
+    config = loss.get_config()
+    means = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+    return (
+        config["from_logits"]
+        and config.get("ignore_class") is None
+        and config["reduction"] in means
+    )
+
+
+def _names_of_accuracies(weighted_metrics):
+    """Names of the metrics, if all of them are the accuracy of the next token."""
+    names = []
+    for metric in weighted_metrics or ():
+        if isinstance(metric, keras.metrics.SparseCategoricalAccuracy):
+            names.append(metric.name)
+        elif metric in ("accuracy", "acc", "sparse_categorical_accuracy"):
+            names.append(metric)
+        else:
+            return None
+    return names
+
+
+def _accumulating(optimizer, steps):
+    """`optimizer`, made to accumulate if it or the caller asks for it."""
+    optimizer = keras.optimizers.get(optimizer)
+    own = getattr(optimizer, "gradient_accumulation_steps", None)
+    if steps and own and steps != own:
+        raise ValueError(
+            f"gradient_accumulation_steps is {steps} here and {own} in the optimizer: "
+            "give it once."
+        )
+    steps = steps or own
+    if not steps or steps == 1 or _accumulation_of(optimizer) is not None:
+        return optimizer
+    optimizer.gradient_accumulation_steps = None
+    return optimizers.TokenAccumulation(optimizer, steps)
+
+
+def _accumulation_of(optimizer):
+    while optimizer is not None:
+        if isinstance(optimizer, optimizers.TokenAccumulation):
+            return optimizer
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return None
