@@ -331,11 +331,9 @@ class GemmaBackbone(keras.Model):
         return x if step is None else (x, step.finish())
 
     def _train_block(self, block, x, table, mask):
-        """The block, or one that a backward pass computes again if so asked."""
-        if not self.remat:
-            return block(x, table, mask)
-        # TensorFlow's remat takes numbers only, which masks are not.
-        return keras.remat(lambda x: block(x, table, mask))(x)
+        # A closure: TensorFlow's remat takes numbers only, which masks are not.
+        run = lambda x: block(x, table, mask)  # noqa: E731
+        return keras.remat(run)(x) if self.remat else run(x)
 
     def embed(self, inputs, layer_intercept_fn=None):
         """Scaled embeddings [B, T, D], in the dtype of the residual stream."""
@@ -350,10 +348,7 @@ class GemmaBackbone(keras.Model):
         return ops.cast(x, "float32") if self.compute_dtype == "float16" else x
 
     def logits(self, hidden, table=None):
-        """Logits [..., V], soft cap included, of hidden states [..., D].
-
-        `table` [V, D] stands in for the embeddings, as where they are held constant.
-        """
+        """Logits [..., V], capped; `table` may stand in for the embeddings."""
         if self.token_embedding.quantization_mode is None:
             table = self.token_embedding.embeddings if table is None else table
             logits = backend.matmul(hidden, table, True)
@@ -385,7 +380,7 @@ class GemmaBackbone(keras.Model):
             raise ValueError("segment_ids pack training rows; a cache holds one each.")
         positions = inputs.get("positions")
         if positions is None:
-            positions = default_positions(length, padding, segments)
+            positions = kv_cache.default_positions(length, padding, segments)
             if cache is not None:
                 positions = positions + cache.next_positions()
         positions = ops.cast(positions, "int32")
@@ -451,15 +446,3 @@ class GemmaBackbone(keras.Model):
         if updates:
             backbone.enable_lora(**updates)
         return backbone
-
-
-def default_positions(length, padding_mask=None, segment_ids=None):
-    """Positions [B, T] counted from 0 in each row, or in each segment of a row."""
-    if segment_ids is not None:
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        earlier = ops.convert_to_tensor(np.tri(length, k=-1, dtype="int32"))
-        return ops.sum(ops.cast(same, "int32") * earlier, axis=-1)
-    if padding_mask is not None:
-        counted = ops.cumsum(ops.cast(padding_mask, "int32"), axis=1)
-        return ops.maximum(counted - 1, 0)
-    return ops.arange(length, dtype="int32")[None]

@@ -10,6 +10,7 @@ token that falls out of the window gives its slot to the newest.
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from keras import ops
 
 from gemma_keras import backend
@@ -157,3 +158,15 @@ def _write_first(buffer, new, axis):
     kept = [slice(None)] * len(new.shape)
     kept[axis] = slice(tokens - slots, tokens)
     return ops.roll(new[tuple(kept)], tokens % slots, axis=axis)
+
+
+def default_positions(length, padding_mask=None, segment_ids=None):
+    """Positions [B, T] counted from 0 in each row, or in each segment of a row."""
+    if segment_ids is not None:
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        earlier = ops.convert_to_tensor(np.tri(length, k=-1, dtype="int32"))
+        return ops.sum(ops.cast(same, "int32") * earlier, axis=-1)
+    if padding_mask is not None:
+        counted = ops.cumsum(ops.cast(padding_mask, "int32"), axis=1)
+        return ops.maximum(counted - 1, 0)
+    return ops.arange(length, dtype="int32")[None]

@@ -256,6 +256,7 @@ class TokenAccumulation(Wrapper):
         self.tokens = None
 
     def add_own_variables(self, variables):
+        """Sums of gradients, in float32, and how much has gone into them."""
         self._batches = self.add_variable((), dtype="int32", name="batches")
         self._weight = self.add_variable((), dtype="float32", name="weight")
         self._sums = [

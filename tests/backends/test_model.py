@@ -15,12 +15,12 @@ from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig
 from gemma_keras.backbone import (
     RMSNorm,
     attend,
-    default_positions,
     rotary_table,
     rotate,
     soft_cap,
     visible,
 )
+from gemma_keras.cache import default_positions
 
 TINY = GemmaConfig(
     vocab_size=13,

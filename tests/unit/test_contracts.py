@@ -47,6 +47,9 @@ def test_every_module_is_named_after_one_concept_and_says_what_it_is(path):
 OVERRIDES = {
     *("build", "call", "quantized_call", "get_config", "from_config"),
     *("get_compile_config", "compile_from_config"),
+    *("compute_loss", "compute_metrics", "get_metrics_result", "metrics", "variables"),
+    *("apply", "stateless_apply", "learning_rate", "iterations", "lr_adjust"),
+    "finalize_variable_values",
     *("save_own_variables", "load_own_variables"),
     *("on_train_begin", "on_train_batch_end", "on_train_end"),
     *("on_epoch_begin", "on_epoch_end"),
