@@ -9,9 +9,12 @@ from gemma_keras import (
     loading,
     loss,
     samplers,
+    saving,
     text_generation,
     trainer,
 )
+from gemma_keras.checkpoints import exporting
+from gemma_keras.checkpoints.provenance import Provenance
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
@@ -39,6 +42,8 @@ class GemmaCausalLM(trainer.TokenTrainer):
         self.backbone = backbone
         self.preprocessor = preprocessor
         self.logits_dtype = logits_dtype
+        # Where the weights come from, for what is exported.
+        self.provenance = Provenance()
         self._engine = generation.Engine(backbone)
         self.built = True
         self.compile()
@@ -78,7 +83,10 @@ class GemmaCausalLM(trainer.TokenTrainer):
                 checkpoint, **preprocessor_settings
             )
             backbone = loading.make_backbone(checkpoint, dtype, load_weights, progress)
-        return cls(backbone, preprocessor, logits_dtype=logits_dtype)
+            lm = cls(backbone, preprocessor, logits_dtype=logits_dtype)
+            if load_weights:
+                lm.provenance = Provenance.of(checkpoint, source)
+        return lm
 
     def save_to_preset(self, directory, *, overwrite=False, max_shard_size=10):
         """Write a directory that `from_preset`, ours and KerasHub's, loads again.
@@ -94,19 +102,54 @@ class GemmaCausalLM(trainer.TokenTrainer):
         # Here, since h5py costs every start and few runs write.
         from gemma_keras.checkpoints import keras_preset_writer
 
-        preprocessor = self.preprocessor
-        settings = {} if preprocessor is None else preprocessor.get_config()
+        contents = saving.model_contents(self)
         keras_preset_writer.save(
             directory,
-            self.config,
-            self.backbone.variable_dtype,
-            loading.weight_reader(self.backbone),
-            tokenizer=settings.pop("tokenizer", None) and preprocessor.tokenizer,
-            preprocessor_config=settings or None,
+            contents.config,
+            contents.dtype,
+            contents.tensors,
+            tokenizer=contents.tokenizer,
+            preprocessor_config=contents.preprocessor_config,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             strict=False,
         )
+
+    def export(self, filepath, format="tf_saved_model", **options):
+        """Write the model for other programs.
+
+        Low-rank updates are merged into the weights that are written. What the files
+        are, and what becomes of the numbers, is in docs/export.md.
+
+        Args:
+            filepath: where to; it appears when it is complete.
+            format: `"hf"` (Hugging Face: transformers, vLLM and others) or `"keras"`
+                (KerasHub); or one of Keras' own, such as `"tf_saved_model"` and
+                `"onnx"`, which `keras.Model.export` writes.
+            **options: of `"hf"` and `"keras"`: `dtype` to store the weights in,
+                `max_shard_size` in bytes, `overwrite` to replace an earlier export,
+                `licence` if the weights are not under Gemma's terms, and `progress`,
+                called as `progress(done_bytes, total_bytes)`. Else those of Keras.
+
+        Returns:
+            The path of what was written; None from Keras' formats.
+
+        Raises:
+            ValueError: the format cannot hold this model, or the place is taken;
+                nothing is written then.
+        """
+        if format not in exporting.FORMATS:
+            try:
+                return super().export(filepath, format=format, **options)
+            except ValueError as error:
+                if not str(error).startswith("Unrecognized format"):
+                    raise
+                known = ", ".join(exporting.FORMATS)
+                raise ValueError(
+                    f"{error} And those of gemma_keras: {known}."
+                ) from None
+        contents = saving.model_contents(self, options.pop("progress", None))
+        return exporting.export(contents, filepath, format, **options)
 
     @property
     def config(self):

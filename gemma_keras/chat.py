@@ -18,6 +18,29 @@ from typing import NamedTuple
 
 from gemma_keras.tokenizer import END_OF_TURN, START_OF_TURN, GemmaTokenizer
 
+# The same for programs that render Jinja, with the <bos> that `encode_chat` gives.
+# Transformers, vLLM and llama.cpp take it from a tokenizer's files.
+JINJA_TEMPLATE = """\
+{{ bos_token }}\
+{%- if messages[0]['role'] == 'system' -%}\
+{%- set prefix = messages[0]['content'] + '\n\n' -%}\
+{%- set turns = messages[1:] -%}\
+{%- else -%}\
+{%- set prefix = '' -%}\
+{%- set turns = messages -%}\
+{%- endif -%}\
+{%- for message in turns -%}\
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}\
+{{ raise_exception('User and assistant must take turns, and the user begins.') }}\
+{%- endif -%}\
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}\
+{{ '<start_of_turn>' + role + '\n' + (prefix if loop.first else '') }}\
+{{- message['content'] | trim + '<end_of_turn>\n' }}\
+{%- endfor -%}\
+{%- if add_generation_prompt -%}\
+{{ '<start_of_turn>model\n' }}\
+{%- endif -%}"""
+
 _ROLES = {"user": "user", "assistant": "model", "model": "model"}
 # What of an example is learned: all that the assistant says, its last turn, or all.
 LOSS_ON = ("response", "last", "all")

@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 import gemma_keras
-from gemma_keras import checkpoints, registry
+from gemma_keras import checkpoints, cli_convert, registry
 from gemma_keras.cli_base import (
     BackendOption,
     Json,
@@ -225,10 +225,7 @@ def info(source: Source, as_json: Json = False):
 
 def describe(source):
     """What is known of a model, as JSON has it; fetches only what is no preset."""
-    known = {name: p for p in registry.presets().values() for name in p.sources}
-    known |= registry.presets()
-    known |= {alias: p for p in registry.presets().values() for alias in p.aliases}
-    preset = known.get(source)
+    preset = registry.known_as(source)
     facts = {"name": source}
     if preset is not None:
         facts = {"name": preset.name, "description": preset.description}
@@ -290,6 +287,9 @@ def presets(as_json: Json = False):
     table(["Name", "Kind", "Parameters", *dtypes, "From"], rows)
     say("Memory is that of the weights. `gemma-keras info NAME` tells more. Google's")
     say("models are under the Gemma Terms of Use: https://ai.google.dev/gemma/terms")
+
+
+command(cli_convert.EXAMPLE)(cli_convert.convert)
 
 
 @command("gemma-keras demo\ngemma-keras demo --backend torch --save-to ./my_model")

@@ -44,13 +44,22 @@ def bars(*columns):
     )
 
 
-@contextlib.contextmanager
 def loading(source):
     """Shows the bytes and the time of loading; one line remains when it is done.
 
     Yields:
         A function of the bytes that are loaded and of all bytes, for `from_preset`.
     """
+    return _moving("Loading", "Loaded", source)
+
+
+def writing(destination):
+    """The same of writing, for `export`."""
+    return _moving("Writing", "Wrote", destination)
+
+
+@contextlib.contextmanager
+def _moving(doing, done, name):
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -67,18 +76,18 @@ def loading(source):
         TransferSpeedColumn(),
         TimeElapsedColumn(),
     )
-    loaded = 0
+    moved = 0
     with bars(*columns) as display:
-        task = display.add_task(f"Loading {source}", total=None)
+        task = display.add_task(f"{doing} {name}", total=None)
 
-        def show(done, total):
-            nonlocal loaded
-            loaded = done
-            display.update(task, completed=done, total=total)
+        def show(count, total):
+            nonlocal moved
+            moved = count
+            display.update(task, completed=count, total=total)
 
         yield show
     seconds = time.monotonic() - started
-    say(f"Loaded {source}: {size(loaded)} in {seconds:.1f} s")
+    say(f"{done} {name}: {size(moved)} in {seconds:.1f} s")
 
 
 def table(columns, rows, header=True):

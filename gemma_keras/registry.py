@@ -44,6 +44,8 @@ class Preset:
     # Where it comes from, in the order in which it is tried; none if embedded.
     sources: tuple[str, ...]
     licence: str
+    # The same as Hugging Face writes it: "gemma" or "apache-2.0".
+    licence_id: str
     licence_url: str
     aliases: tuple[str, ...] = ()
     # sha256 of files, as far as known.
@@ -88,7 +90,8 @@ def presets() -> dict[str, Preset]:
     found = {}
     for name, entry in registry["presets"].items():
         entry = dict(entry)
-        licence = licences[entry.pop("licence")]
+        licence_id = entry.pop("licence")
+        licence = licences[licence_id]
         config = entry.pop("config", None)
         directory = entry.pop("directory", None)
         if directory is not None:
@@ -99,7 +102,11 @@ def presets() -> dict[str, Preset]:
         for key in ("sources", "aliases"):
             entry[key] = tuple(entry.get(key, ()))
         found[name] = Preset(
-            name=name, licence=licence["name"], licence_url=licence["url"], **entry
+            name=name,
+            licence=licence["name"],
+            licence_id=licence_id,
+            licence_url=licence["url"],
+            **entry,
         )
     return found
 
@@ -146,6 +153,16 @@ def find(name: str) -> Preset:
         f"{name!r} is neither a file or directory nor a model that is known.{hint} "
         "`gemma-keras presets` lists the names; kaggle:// and hf:// handles work too."
     )
+
+
+def known_as(source: str) -> Preset | None:
+    """The model behind a name, an alias, a hub's handle or an embedded path."""
+    if source in _names():
+        return _names()[source]
+    for preset in presets().values():
+        if source in preset.sources or source == str(preset.directory):
+            return preset
+    return None
 
 
 @functools.cache

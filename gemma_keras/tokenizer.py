@@ -154,6 +154,10 @@ class GemmaTokenizer:
         """All pieces in the order of ids."""
         return self._processor.id_to_piece(list(range(self.vocab_size)))
 
+    def pieces(self) -> tuple[list[str], list[float], list[int]]:
+        """The pieces, scores and types that `from_pieces` takes."""
+        return vocabulary.read_pieces(self.proto)
+
     @property
     def start_token_id(self) -> int:
         """KerasHub's name of `bos_token_id`."""

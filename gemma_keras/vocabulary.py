@@ -27,7 +27,7 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _BPE = 2  # TrainerSpec.ModelType
 # Protobuf tags (field number and wire type) of ModelProto and of its pieces.
 _PIECE, _TRAINER_SPEC, _NORMALIZER_SPEC = 0x0A, 0x12, 0x1A
-_PIECE_TEXT, _PIECE_TYPE = 0x0A, 0x18
+_PIECE_TEXT, _PIECE_SCORE, _PIECE_TYPE = 0x0A, 0x15, 0x18
 # The soft image token that Hugging Face adds past the end of Gemma 3's vocabulary. Text
 # models have no embedding for it, and Google's tokenizer.model does not know it.
 _IMAGE_SOFT_TOKEN = "<image_soft_token>"
@@ -130,6 +130,26 @@ def check_proto(proto: bytes) -> None:
     found = {tag for tag, _, _ in _top_fields(proto)}
     if not {_PIECE, _TRAINER_SPEC, _NORMALIZER_SPEC} <= found:
         raise ValueError("it holds no pieces, no trainer_spec or no normalizer_spec.")
+
+
+def read_pieces(proto: bytes) -> tuple[list[str], list[float], list[int]]:
+    """The inverse of `build_proto`: pieces, scores and types of a serialized model."""
+    pieces, scores, types = [], [], []
+    for top, start, end in _top_fields(proto):
+        if top != _PIECE:
+            continue
+        text, score, kind = "", 0.0, NORMAL
+        for tag, left, right in _fields(proto, start, end):
+            if tag == _PIECE_TEXT:
+                text = proto[left:right].decode("utf-8")
+            elif tag == _PIECE_SCORE:
+                score = struct.unpack_from("<f", proto, left)[0]
+            elif tag == _PIECE_TYPE:
+                kind = proto[left]
+        pieces.append(text)
+        scores.append(score)
+        types.append(kind)
+    return pieces, scores, types
 
 
 def user_defined_pieces(proto: bytes) -> dict[str, tuple[int, int]]:

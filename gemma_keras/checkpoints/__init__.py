@@ -9,7 +9,13 @@ from pathlib import Path
 
 from gemma_keras.checkpoints.checkpoint import Checkpoint, CheckpointError
 
-__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
+__all__ = ["WRITERS", "Checkpoint", "CheckpointError", "open_checkpoint"]
+
+# What `exporting` writes: a format's name, and the module that knows how.
+WRITERS = {
+    "hf": "hugging_face_writer",
+    "keras": "keras_preset_writer",
+}
 
 # In this order for a directory: some hold a GGUF beside the safetensors.
 _FORMATS = ("keras_preset", "hugging_face", "gguf")

@@ -5,6 +5,7 @@ headers can tell; tensors are read later, one at a time.
 """
 
 import abc
+import dataclasses
 import json
 from pathlib import Path
 
@@ -54,6 +55,10 @@ class Checkpoint(abc.ABC):
     @abc.abstractmethod
     def sources(self, path):
         """File and tensor name behind a weight, for messages to people."""
+
+    @abc.abstractmethod
+    def files(self):
+        """Paths of the files that hold the weights, in the order of their names."""
 
     def tokenizer(self):
         """The `GemmaTokenizer` that lies beside the weights, or None."""
@@ -168,6 +173,21 @@ def build_config(where, **fields):
         return GemmaConfig(**fields)
     except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error}") from error
+
+
+def config_differences(config, other):
+    """What two configs compute differently, as `field=value` of the first."""
+    mine, theirs = _computed(config), _computed(other)
+    return [f"{key}={mine[key]!r}" for key in mine if mine[key] != theirs[key]]
+
+
+def _computed(config):
+    """The fields of a config, without the ways of saying the same."""
+    fields = dataclasses.asdict(config) | {"layer_pattern": config.layer_kinds}
+    fields["local_rope_theta"] = config.local_rope_theta or config.rope_theta
+    if "L" not in config.layer_kinds:
+        fields |= {"sliding_window": None, "local_rope_theta": None}
+    return fields
 
 
 def check_shape(where, found, expected):

@@ -302,6 +302,10 @@ class GGUFCheckpoint(Checkpoint):
         name = self._names[path]
         return f"{self.path.name}: {name} ({self._file.type_name(name)})"
 
+    def files(self):
+        """The one file."""
+        return [self.path]
+
     def tokenizer(self):
         """The tokenizer of the vocabulary in the file, or None without one."""
         from gemma_keras.tokenizer import GemmaTokenizer

@@ -89,6 +89,11 @@ def weight_name(path, four_norms):
     return f"layers.{layer}.{name}.weight"
 
 
+def stored_shape(path, shape):
+    """The shape that a weight of our `shape` has there: kernels are [out, in]."""
+    return tuple(reversed(shape)) if path.endswith("kernel") else shape
+
+
 class HuggingFaceCheckpoint(Checkpoint):
     """A directory as `save_pretrained` writes it."""
 
@@ -168,7 +173,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             owner = self._owners.get(name)
             if owner is None:
                 raise CheckpointError(f"{self._where()}: the tensor {name} is missing.")
-            stored = tuple(reversed(shape)) if path.endswith("kernel") else shape
+            stored = stored_shape(path, shape)
             check_shape(f"{owner.path}: {name}", owner.shapes[name], stored)
             owner.float_dtype(name)
             names[path] = (owner, name)
@@ -222,6 +227,10 @@ class HuggingFaceCheckpoint(Checkpoint):
         """Shard and tensor name."""
         owner, name = self._names[path]
         return f"{owner.path.name}: {name}"
+
+    def files(self):
+        """The shards."""
+        return [opened.path for opened in self._files]
 
     def tokenizer(self):
         """The tokenizer from tokenizer.model, else from tokenizer.json, else None."""

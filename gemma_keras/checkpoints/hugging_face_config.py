@@ -13,8 +13,10 @@ from gemma_keras.checkpoints.checkpoint import (
     CheckpointError,
     build_config,
     check_types,
+    config_differences,
     read_json,
     shortest_pattern,
+    some,
 )
 
 # What the class of each model type assumes where config.json is silent; multimodal
@@ -71,6 +73,30 @@ _DEFAULTS = {
         "rope_theta": 1_000_000.0,
         "rope_local_base_freq": 10_000.0,
     },
+}
+# Key of config.json to the field of `GemmaConfig` that says the same in every family.
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_dim",
+    "intermediate_size": "ffn_dim",
+    "num_attention_heads": "num_query_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "norm_epsilon",
+    "max_position_embeddings": "max_position",
+}
+# And in Gemma 2 and 3 only.
+_LATER_FIELDS = {
+    "sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_soft_cap",
+    "final_logit_softcapping": "final_logit_soft_cap",
+}
+_MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
+_CLASSES = {
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
 }
 _OPTIONAL = (*NUMBER, type(None))
 _TYPES = dict.fromkeys(
@@ -157,30 +183,81 @@ def config_from_json(raw, where):
             stacklevel=2,
         )
         scalar = 256
-    fields = {
-        "vocab_size": values["vocab_size"],
-        "num_layers": values["num_hidden_layers"],
-        "hidden_dim": values["hidden_size"],
-        "ffn_dim": values["intermediate_size"],
-        "num_query_heads": values["num_attention_heads"],
-        "num_kv_heads": values["num_key_value_heads"],
-        "head_dim": values["head_dim"],
-        "query_pre_attn_scalar": values["head_dim"] if scalar is None else scalar,
-        "norm_epsilon": values["rms_norm_eps"],
-        "max_position": values["max_position_embeddings"],
-        "layer_pattern": _layer_pattern(values, where),
-    }
+    fields = {ours: values[key] for key, ours in _FIELDS.items()}
+    fields["query_pre_attn_scalar"] = values["head_dim"] if scalar is None else scalar
+    fields["layer_pattern"] = _layer_pattern(values, where)
     if model_type != "gemma":
-        fields |= {
-            "use_post_norms": True,
-            "sliding_window": values["sliding_window"],
-            "attn_logit_soft_cap": values["attn_logit_softcapping"],
-            "final_logit_soft_cap": values["final_logit_softcapping"],
-        }
+        fields["use_post_norms"] = True
+        fields |= {ours: values[key] for key, ours in _LATER_FIELDS.items()}
     if model_type == "gemma3_text":
         fields["use_qk_norm"] = True
     fields |= _rope_fields(model_type, values, where)
     return build_config(where, **fields)
+
+
+def config_to_json(config, dtype, tokenizer=None):
+    """Translates a `GemmaConfig` to config.json, with the keys of transformers 4.
+
+    Version 5 reads these too; vLLM, NeMo, llama.cpp's converter and version 4 do not
+    read those of version 5.
+
+    Args:
+        config: The `GemmaConfig`.
+        dtype: The dtype of the weights, as `torch_dtype`.
+        tokenizer: A `GemmaTokenizer` for the special ids; Gemma's own if None.
+
+    Returns:
+        The dict.
+
+    Raises:
+        CheckpointError: no model type computes this; the message names the fields.
+    """
+    model_type = _MODEL_TYPES[config.family]
+    raw = {
+        "architectures": [_CLASSES[config.family]],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": tokenizer.bos_token_id if tokenizer else 2,
+        "eos_token_id": tokenizer.eos_token_id if tokenizer else 1,
+        "pad_token_id": tokenizer.pad_token_id if tokenizer else 0,
+        # Tools and versions differ in which of the two they read.
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "initializer_range": 0.02,
+        "model_type": model_type,
+        "rope_scaling": None,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": True,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    raw |= {key: getattr(config, ours) for key, ours in _FIELDS.items()}
+    if config.rope_scaling_factor != 1.0:
+        factor = config.rope_scaling_factor
+        raw["rope_scaling"] = {"factor": factor, "rope_type": "linear"}
+    if config.family != "gemma":
+        raw |= _later_json(config)
+    found = config_from_json(raw, "config.json")
+    if wrong := config_differences(config, found):
+        raise CheckpointError(
+            f"A Hugging Face model of type {model_type} cannot have {some(wrong)}."
+        )
+    return raw
+
+
+def _later_json(config):
+    """What only Gemma 2 and 3 have."""
+    raw = {key: getattr(config, ours) for key, ours in _LATER_FIELDS.items()}
+    scalar = config.query_pre_attn_scalar
+    raw["query_pre_attn_scalar"] = int(scalar) if scalar == int(scalar) else scalar
+    words = {letter: word for word, letter in _LAYER_LETTERS.items()}
+    raw["layer_types"] = [words[kind] for kind in config.layer_kinds]
+    if config.family == "gemma3":
+        raw["rope_local_base_freq"] = config.local_rope_theta or config.rope_theta
+        # What transformers before 4.53 and llama.cpp's converter read instead.
+        if set(config.layer_pattern[:-1]) <= {"L"} and config.layer_pattern[-1] == "G":
+            raw["sliding_window_pattern"] = len(config.layer_pattern)
+    return raw
 
 
 def _refuse_variants(model_type, values, where):

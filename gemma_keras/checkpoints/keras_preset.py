@@ -242,6 +242,10 @@ class KerasPresetCheckpoint(Checkpoint):
         owner, name = self._datasets[path]
         return f"{owner.path.name}: {name}"
 
+    def files(self):
+        """The shards."""
+        return [opened.path for opened in self._files]
+
     def tokenizer(self):
         """The tokenizer from assets/tokenizer/vocabulary.spm, or None."""
         return load_tokenizer(self.directory / VOCABULARY)

@@ -3,22 +3,20 @@
 Tensor by tensor, beside the place where it is to be, and renamed when complete.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
 import json
 import math
 import re
-import shutil
-import uuid
 import warnings
 from pathlib import Path
 
 import numpy as np
 
-from gemma_keras.checkpoints import keras_layout
-from gemma_keras.checkpoints.checkpoint import CheckpointError, check_shape, some
+from gemma_keras.checkpoints import keras_layout, staging
+from gemma_keras.checkpoints.checkpoint import CheckpointError, some
+from gemma_keras.checkpoints.contents import Contents, shards
 from gemma_keras.checkpoints.keras_layout import (
     CONFIG,
     METADATA,
@@ -31,9 +29,21 @@ from gemma_keras.checkpoints.keras_layout import (
     WEIGHTS,
 )
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
+from gemma_keras.checkpoints.provenance import CARD, NOTICE, PROVENANCE
 
+FORMAT = "KerasHub preset"
+DTYPES = tuple(FLOAT_DTYPES)
+SUFFIX = None
+USE = """\
+```python
+import gemma_keras  # or keras_hub
+
+lm = gemma_keras.models.GemmaCausalLM.from_preset("PATH")
+```
+"""
 KERAS_HUB_VERSION = "0.32.0"
 _NAMES = {CONFIG, METADATA, WEIGHTS, SHARDS, TOKENIZER, PREPROCESSOR, TASK, "assets"}
+_NAMES |= {PROVENANCE, CARD, NOTICE}
 _SHARD = re.compile(r"model_\d{5}\.weights\.h5")
 
 
@@ -81,24 +91,50 @@ def save(
             f"dtype must be one of {', '.join(FLOAT_DTYPES)}, got {dtype!r}."
         )
     directory = Path(directory).expanduser().absolute()
-    _check_config(directory, config, strict)
+    contents = Contents(
+        config=config,
+        tensors=tensors,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        preprocessor_config=preprocessor_config or {},
+    )
+    _check_config(f"{directory}: ", config, strict)
     _check_place(directory, overwrite)
-    _check_space(directory, config.num_parameters * FLOAT_DTYPES[dtype].itemsize)
-    with _replacing(directory) as partial:
-        _write_weights(partial, config, dtype, tensors, max_shard_size)
-        _write_configs(partial, config, dtype, tokenizer, preprocessor_config or {})
+    staging.check_space(directory, stored_bytes(contents, dtype))
+    limit = None if max_shard_size is None else max_shard_size * 2**30
+    with staging.replacing(directory) as partial:
+        partial.mkdir()
+        _write_weights(partial, contents, dtype, limit)
+        _write_configs(partial, contents, dtype)
     return directory
 
 
-def _check_config(directory, config, strict):
+def check(contents):
+    """Says in a warning what KerasHub will not compute as this package does."""
+    _check_config("", contents.config, strict=False)
+
+
+def stored_bytes(contents, dtype):
+    """Bytes of the weights."""
+    return contents.stored_bytes(dtype)
+
+
+def write(folder, contents, settings):
+    """Writes the preset to the empty directory `folder`; see `exporting`."""
+    _write_weights(folder, contents, settings.dtype, settings.max_shard_size)
+    _write_configs(folder, contents, settings.dtype)
+    return []
+
+
+def _check_config(where, config, strict):
     errors, remarks = keras_layout.shortcomings(config)
     if errors and strict:
         raise CheckpointError(
-            f"{directory}: KerasHub cannot express this model: {'; '.join(errors)}."
+            f"{where}KerasHub cannot express this model: {'; '.join(errors)}."
         )
     if errors + remarks:
         warnings.warn(
-            f"{directory}: KerasHub {KERAS_HUB_VERSION} will not compute this model "
+            f"{where}KerasHub {KERAS_HUB_VERSION} will not compute this model "
             f"exactly: {'; '.join(errors + remarks)}. gemma_keras does.",
             stacklevel=3,
         )
@@ -122,51 +158,22 @@ def _check_place(directory, overwrite):
         )
 
 
-def _check_space(directory, needed):
-    existing = next(folder for folder in directory.parents if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise CheckpointError(
-            f"{directory}: needs {needed / 1e9:.1f} GB, but the disk has "
-            f"{free / 1e9:.1f} GB left."
-        )
-
-
-@contextlib.contextmanager
-def _replacing(directory):
-    """An empty directory, which takes the place of `directory` if all goes well."""
-    tag = uuid.uuid4().hex[:8]
-    partial = directory.with_name(f".{directory.name}.{tag}.partial")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if not directory.exists():
-            partial.rename(directory)
-            return
-        old = directory.with_name(f".{directory.name}.{tag}.old")
-        directory.rename(old)
-        try:
-            partial.rename(directory)
-        except OSError:
-            old.rename(directory)
-            raise
-        shutil.rmtree(old)
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be written ({error}).") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_weights(folder, config, dtype, tensors, max_shard_size):
+def _write_weights(folder, contents, dtype, limit):
     import h5py
 
-    shards = _shards(config, FLOAT_DTYPES[dtype].itemsize, max_shard_size)
+    config, item_bytes = contents.config, FLOAT_DTYPES[dtype].itemsize
+    runs = shards(
+        {p: math.prod(s) * item_bytes for p, s in config.weight_shapes().items()}, limit
+    )
     weight_map, total = {}, 0
-    for number, paths in enumerate(shards):
-        name = WEIGHTS if len(shards) == 1 else f"model_{number:05}.weights.h5"
+    for number, paths in enumerate(runs):
+        name = WEIGHTS if len(runs) == 1 else f"model_{number:05}.weights.h5"
         with h5py.File(folder / name, "w") as file:
             for path in paths:
-                array = _stored(path, tensors(path), config, dtype)
+                array = contents.array(path, dtype)
+                array = np.ascontiguousarray(
+                    keras_layout.to_stored(path, array, config)
+                )
                 group = file.create_group(
                     f"layers/{keras_layout.group(path, config)}/vars"
                 )
@@ -175,38 +182,13 @@ def _write_weights(folder, config, dtype, tensors, max_shard_size):
                     dataset.attrs["dtype"] = dtype
                 weight_map[group.name] = name
                 total += array.nbytes
-    if len(shards) > 1:
+    if len(runs) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / SHARDS, index)
 
 
-def _shards(config, item_bytes, max_shard_size):
-    """Lists of paths, one for each file; a tensor is never divided."""
-    limit = math.inf if max_shard_size is None else max_shard_size * 2**30
-    sizes = {
-        path: math.prod(shape) * item_bytes
-        for path, shape in config.weight_shapes().items()
-    }
-    if sum(sizes.values()) <= limit:
-        return [list(sizes)]
-    shards, held = [[]], 0
-    for path, size in sizes.items():
-        if shards[-1] and held + size > limit:
-            shards.append([])
-            held = 0
-        shards[-1].append(path)
-        held += size
-    return shards
-
-
-def _stored(path, array, config, dtype):
-    array = np.asarray(array)
-    check_shape(path, array.shape, config.weight_shapes()[path])
-    array = array.astype(FLOAT_DTYPES[dtype], copy=False)
-    return np.ascontiguousarray(keras_layout.to_stored(path, array, config))
-
-
-def _write_configs(folder, config, dtype, tokenizer, preprocessor_config):
+def _write_configs(folder, contents, dtype):
+    config, tokenizer = contents.config, contents.tokenizer
     backbone = _backbone(config, dtype)
     _write_json(folder / CONFIG, backbone)
     metadata = {
@@ -224,7 +206,7 @@ def _write_configs(folder, config, dtype, tokenizer, preprocessor_config):
     vocabulary.parent.mkdir(parents=True)
     vocabulary.write_bytes(tokenizer.proto)
     tokenizer_json = _tokenizer(config)
-    preprocessor = _preprocessor(config, tokenizer_json, preprocessor_config)
+    preprocessor = _preprocessor(config, tokenizer_json, contents.preprocessor_config)
     _write_json(folder / TOKENIZER, tokenizer_json)
     _write_json(folder / PREPROCESSOR, preprocessor)
     task = {

@@ -5,9 +5,11 @@ checks are those of the library: the header is bounded and its tensors tile the 
 exactly, without overlap, gap or remainder.
 """
 
+import json
 import math
 import struct
 
+from gemma_keras.buffers import aligned_copy
 from gemma_keras.checkpoints.checkpoint import CheckpointError, parse_json
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES, MappedFile
 
@@ -144,6 +146,40 @@ class SafetensorsFile:
     def close(self):
         """Closes the file; arrays keep their own mappings."""
         self._file.close()
+
+
+def write(path, shapes, dtype, tensor):
+    """Writes a safetensors file, one tensor at a time.
+
+    Args:
+        path: Where to.
+        shapes: Tensor name to its shape, in the order in which they are written.
+        dtype: The float dtype of all of them, in NumPy's words.
+        tensor: A function from a name to its array, of that dtype and shape.
+    """
+    codes = {name: code for code, name in _FLOATS.items()}
+    entries, offset = {}, 0
+    for name, shape in shapes.items():
+        stop = offset + math.prod(shape) * FLOAT_DTYPES[dtype].itemsize
+        entries[name] = {
+            "dtype": codes[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    # transformers refuses files that do not say which library's tensors they hold.
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for name in shapes:
+            write_array(file, tensor(name))
+
+
+def write_array(file, array):
+    """Writes the numbers of an array in C order; a strided one by way of a copy."""
+    ordered = array if array.flags.c_contiguous else aligned_copy(array)
+    file.write(ordered.reshape(-1).view("uint8"))
 
 
 def _counts(values):

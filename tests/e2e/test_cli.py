@@ -19,7 +19,7 @@ from gemma_keras import backend_choice, cli, registry
 
 PRESET = "gemma_tiny_instruct_en"
 QUESTION = "What is the capital of France?"
-COMMANDS = ("generate", "chat", "info", "presets", "demo")
+COMMANDS = ("generate", "chat", "info", "presets", "convert", "demo")
 SCRIPT = pathlib.Path(sys.executable).with_name("gemma-keras")
 PROGRAM = [str(SCRIPT)]
 if not SCRIPT.exists():  # run from a source tree that is not installed

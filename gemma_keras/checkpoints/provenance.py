@@ -1,0 +1,226 @@
+"""Where weights come from, what was done to them, and the papers that say so.
+
+Google's terms ask of whoever passes on a Gemma that modified files say that they were
+modified, and that a `Notice` goes along. Every export brings a provenance.json, a
+model card (README.md) and, under those terms, the notice.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import gemma_keras
+from gemma_keras import registry
+from gemma_keras.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    parse_json,
+)
+
+PROVENANCE, CARD, NOTICE = "provenance.json", "README.md", "Notice"
+GEMMA = "gemma"
+NOTICE_TEXT = (
+    "Gemma is provided under and subject to the Gemma Terms of Use found at "
+    "ai.google.dev/gemma/terms\n"
+)
+_TERMS = """\
+{notice}
+Whoever passes these files on has to pass on that notice, which lies in `Notice`, and
+the [terms](https://ai.google.dev/gemma/terms), and to bind others to the
+[Prohibited Use Policy](https://ai.google.dev/gemma/prohibited_use_policy). The files
+were modified as said above.
+"""
+_FAMILIES = {"gemma": "Gemma 1", "gemma2": "Gemma 2", "gemma3": "Gemma 3"}
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+_MAX_BYTES = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """A file that weights were read from, as it was then."""
+
+    path: Path
+    size: int
+    modified: int
+
+    @classmethod
+    def at(cls, path):
+        """The file as it is now."""
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+    def describe(self) -> dict:
+        """Name, bytes and sha256; without the last if the file has changed since."""
+        facts = {"name": self.path.name, "bytes": self.size}
+        try:
+            if SourceFile.at(self.path) == self:
+                with self.path.open("rb") as file:
+                    facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            pass
+        return facts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """The origin of a model and its way here.
+
+    Attributes:
+        source: A hub's handle, a preset's name, or the last part of a path: what may
+            be told to others. None for a model that was made in memory.
+        format: What the source was.
+        licence: `"gemma"`, or another identifier as Hugging Face writes them.
+        base_model: The model's name on Hugging Face, if it is known.
+        files: The files that were read.
+        modified: What was done to the weights, a sentence each.
+        earlier: The provenance.json of the source, if it had one.
+    """
+
+    source: str | None = None
+    format: str | None = None
+    licence: str = GEMMA
+    base_model: str | None = None
+    files: tuple[SourceFile, ...] = ()
+    modified: tuple[str, ...] = ()
+    earlier: dict | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.licence, str) or not _LICENCE.fullmatch(self.licence):
+            raise CheckpointError(
+                f"The licence must be an identifier such as gemma or apache-2.0, got "
+                f"{self.licence!r}."
+            )
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, source) -> "Provenance":
+        """The provenance of what was just opened.
+
+        Args:
+            checkpoint: The open checkpoint.
+            source: What the user called it.
+        """
+        preset = registry.known_as(str(source))
+        path = checkpoint.path
+        earlier = _own(path if path.is_dir() else path.parent)
+        licence = str((earlier or {}).get("licence", GEMMA))
+        facts = {"licence": licence if _LICENCE.fullmatch(licence) else GEMMA}
+        if preset is not None:
+            hub = [name for name in preset.sources if name.startswith("hf://")]
+            facts["licence"] = preset.licence_id
+            facts["base_model"] = hub[0].removeprefix("hf://") if hub else None
+        return cls(
+            source=_name_for_others(source, preset),
+            format=checkpoint.format,
+            files=tuple(map(SourceFile.at, checkpoint.files())),
+            earlier=earlier,
+            **facts,
+        )
+
+    def adding(self, *sentences: str) -> "Provenance":
+        """The same, with more that was done."""
+        return dataclasses.replace(self, modified=(*self.modified, *sentences))
+
+    def describe(self, format: str, dtype: str, files: list[dict]) -> dict:
+        """The contents of provenance.json, without the list of files written.
+
+        Args:
+            format: What was written.
+            dtype: How the weights are stored in it.
+            files: What `describe` of each of `self.files` gave.
+        """
+        now = datetime.datetime.now(datetime.UTC)
+        facts = {
+            "tool": f"gemma_keras {gemma_keras.__version__}",
+            "date": now.isoformat(timespec="seconds"),
+            "source": {
+                "name": self.source,
+                "format": self.format,
+                "files": files,
+            },
+            "written": {"format": format, "dtype": dtype},
+            "modified": list(self.modified),
+            "licence": self.licence,
+        }
+        return facts | ({"earlier": self.earlier} if self.earlier else {})
+
+
+def _name_for_others(source, preset):
+    """Paths of this machine are nobody else's business."""
+    text = str(source)
+    if preset is None and "://" not in text:
+        text = Path(source).expanduser().absolute().name
+    return re.sub(r"[^\w./:@+-]", "_", text)
+
+
+def _own(directory):
+    """The provenance.json of an export in `directory`, or None."""
+    where = directory / PROVENANCE
+    try:
+        if where.stat().st_size > _MAX_BYTES:
+            return None
+        found = parse_json(where.read_bytes(), where)
+    except (OSError, CheckpointError):
+        return None
+    return found if str(found.get("tool")).startswith("gemma_keras ") else None
+
+
+def read_listing(directory) -> set[str]:
+    """Names of the files that an export wrote to `directory`; empty without one."""
+    files = (_own(directory) or {}).get("files")
+    return {str(name) for name in files} if isinstance(files, list) else set()
+
+
+def write_papers(folder, facts, card):
+    """Writes the notice, the model card and provenance.json, which comes last.
+
+    Args:
+        folder: The directory that holds the export.
+        facts: From `Provenance.describe`.
+        card: The text of the model card.
+    """
+    (folder / CARD).write_text(card, "utf-8")
+    if facts["licence"] == GEMMA:
+        (folder / NOTICE).write_text(NOTICE_TEXT, "utf-8")
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    facts = facts | {"files": sorted([*names, PROVENANCE])}
+    (folder / PROVENANCE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+
+
+def model_card(title, contents, facts, use) -> str:
+    """The text of a README.md as Hugging Face shows it.
+
+    Args:
+        title: The name of the model.
+        contents: The `Contents` that were written.
+        facts: From `Provenance.describe`.
+        use: What a reader has to do to run it, as Markdown.
+    """
+    licence, base = facts["licence"], contents.provenance.base_model
+    head = [f"license: {licence}", "pipeline_tag: text-generation"]
+    head += [f"base_model: {base}"] if base else []
+    head += ["tags:", f"- {contents.config.family}", "- gemma_keras"]
+    source = facts["source"]
+    origin = f"`{source['name']}` ({source['format']})" if source["name"] else "memory"
+    hashes = [
+        f"- `{f['name']}`: {f['sha256']}" for f in source["files"] if "sha256" in f
+    ]
+    parts = ["---", *head, "---", "", f"# {title}", ""]
+    parts += [
+        f"A {_FAMILIES[contents.config.family]} of {contents.config.num_parameters:,} "
+        f"parameters, written for {facts['written']['format']} in "
+        f"{facts['written']['dtype']} by "
+        f"{facts['tool']} on {facts['date'][:10]} from {origin}.",
+        *("", "## Use", "", use.strip(), "", "## What was modified", ""),
+        *(f"- {sentence}" for sentence in facts["modified"]),
+    ]
+    if hashes:
+        parts += ["", "The source files, and their sha256:", "", *hashes]
+    parts += ["", "## Licence", ""]
+    if licence == GEMMA:
+        parts.append(_TERMS.format(notice=NOTICE_TEXT).strip())
+    else:
+        parts.append(f"{licence}, as its source.")
+    return "\n".join(parts) + "\n"

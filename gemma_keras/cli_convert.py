@@ -1,0 +1,82 @@
+"""`gemma-keras convert`: a checkpoint in one format becomes one in another.
+
+No model is made and no backend started: tensors go from file to file.
+"""
+
+import enum
+import pathlib
+import re
+from typing import Annotated
+
+import typer
+
+from gemma_keras import checkpoints, registry
+from gemma_keras.cli_base import Source, option
+from gemma_keras.console import say, writing
+
+Format = enum.StrEnum("Format", {name: name for name in checkpoints.WRITERS})
+
+EXAMPLE = """\
+gemma-keras convert gemma_tiny_en ./tiny-hf --to hf
+gemma-keras convert ./model.gguf ./model-hf --to hf --dtype bfloat16
+gemma-keras convert hf://google/gemma-2b ./gemma-2b --to keras --force"""
+
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+
+def read_size(text):
+    """Bytes that `text` says: a number, and then B, kB, MB, GB or TB."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+) *([kmgt]?)b?", text.strip().lower())
+    if match is None or not float(match[1]):
+        raise typer.BadParameter(f"{text!r} is no size such as 5GB or 500MB.")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def convert(
+    source: Source,
+    destination: Annotated[
+        pathlib.Path,
+        typer.Argument(metavar="DEST", help="Directory to write."),
+    ],
+    to: Annotated[Format, option("Format to write.", "--to")],
+    dtype: Annotated[
+        str | None,
+        option("How to store the weights; as they are stored by default."),
+    ] = None,
+    max_shard_size: Annotated[
+        str, option("Largest file, for formats in several; 5GB by default.")
+    ] = "5GB",
+    licence: Annotated[
+        str | None,
+        option(
+            "What the weights are under, such as gemma or apache-2.0; what their "
+            "source says by default, and gemma if it says nothing."
+        ),
+    ] = None,
+    force: Annotated[bool, option("Replace an earlier export.", "--force")] = False,
+):
+    """Write a model in another format, for other programs.
+
+    Weights are moved one at a time, so that memory holds no model. A model card, the
+    notice that Google's terms ask for, and a provenance.json go along.
+    """
+    limit = read_size(max_shard_size)
+    from gemma_keras.checkpoints import exporting
+
+    decoded = dtype if dtype in ("float32", "float16", "bfloat16") else None
+    path = registry.resolve(source)
+    with (
+        checkpoints.open_checkpoint(path, dtype=decoded) as checkpoint,
+        writing(destination) as progress,
+    ):
+        written = exporting.export(
+            exporting.checkpoint_contents(checkpoint, source, progress),
+            destination,
+            to.value,
+            dtype=dtype,
+            max_shard_size=limit,
+            overwrite=force,
+            licence=licence,
+        )
+    say("What was done to the weights, and what they are under, is told beside them.")
+    print(written)

@@ -1,0 +1,38 @@
+"""A model in memory as what a checkpoint writer is given."""
+
+from gemma_keras import loading
+from gemma_keras.checkpoints.contents import Contents
+from gemma_keras.lora import lora_config
+
+
+def model_contents(lm, progress=None):
+    """The `Contents` of a `GemmaCausalLM`, low-rank updates merged into the kernels."""
+    preprocessor, backbone = lm.preprocessor, lm.backbone
+    settings = {} if preprocessor is None else preprocessor.get_config()
+    settings.pop("tokenizer", None)
+    return Contents(
+        config=backbone.config,
+        tensors=loading.weight_reader(backbone),
+        dtype=backbone.variable_dtype,
+        tokenizer=preprocessor and preprocessor.tokenizer,
+        preprocessor_config=settings,
+        provenance=lm.provenance.adding(*_changes(lm)),
+        progress=progress,
+    )
+
+
+def _changes(lm):
+    """What is known to have happened to the weights, a sentence each."""
+    adapted = lora_config(lm.backbone)
+    if adapted is not None:
+        names = ", ".join(adapted["target_layer_names"])
+        yield (
+            f"Low-rank updates (LoRA, rank {adapted['rank']}, alpha "
+            f"{adapted['alpha']:g}) of {names} were merged into the weights."
+        )
+    optimizer = getattr(lm, "optimizer", None)
+    steps = 0 if optimizer is None else int(optimizer.iterations.numpy())
+    if steps:
+        yield f"The model was trained for {steps} steps with gemma_keras."
+    else:
+        yield "The model was written from memory; its weights may have been changed."

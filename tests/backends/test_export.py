@@ -1,0 +1,178 @@
+"""A model in memory, exported: every bit of it, and what others compute from it."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig
+from gemma_keras.checkpoints import WRITERS, open_checkpoint
+from gemma_keras.lora import projections
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*KerasHub:UserWarning")
+
+# No two sizes are equal, N H != D, 1 < K < N, and windows of both kinds bite.
+SIZES = {
+    "vocab_size": 97,
+    "num_layers": 3,
+    "hidden_dim": 42,
+    "ffn_dim": 46,
+    "num_query_heads": 6,
+    "num_kv_heads": 2,
+    "head_dim": 10,
+    "query_pre_attn_scalar": 10,
+    "max_position": 64,
+}
+LATER = {"use_post_norms": True, "sliding_window": 5, "query_pre_attn_scalar": 13}
+CONFIGS = {
+    "gemma": GemmaConfig(**SIZES),
+    "gemma2": GemmaConfig(
+        **SIZES | LATER,
+        layer_pattern="LG",
+        attn_logit_soft_cap=1.5,
+        final_logit_soft_cap=2.5,
+    ),
+    "gemma3": GemmaConfig(
+        **SIZES | LATER,
+        layer_pattern="LG",
+        use_qk_norm=True,
+        rope_theta=1e6,
+        local_rope_theta=1e4,
+        rope_scaling_factor=8.0,
+    ),
+}
+IDS = np.random.default_rng(3).integers(3, 97, (2, 19))
+
+
+@pytest.fixture(params=list(CONFIGS))
+def config(request):
+    """A tiny Gemma 1, 2 and 3."""
+    return CONFIGS[request.param]
+
+
+def build(config, dtype="float32", lora=False):
+    """A random model, its norms too, with or without updates of every projection."""
+
+    def init(path):
+        deviations = {"scale": 0.4, "kernel": 0.12, "embeddings": 0.12}
+        return keras.initializers.RandomNormal(stddev=deviations[path.split("/")[-1]])
+
+    lm = GemmaCausalLM(GemmaBackbone(config, init=init, dtype=dtype))
+    if lora:
+        names = sorted({layer.name for layer in projections(lm.backbone)})
+        lm.backbone.enable_lora(3, target_layer_names=names, alpha=5)
+        random = np.random.default_rng(5)
+        for variable in lm.trainable_variables:
+            variable.assign(0.2 * random.normal(size=variable.shape))
+    return lm
+
+
+def held(lm):
+    """Path to numpy array of every weight, low-rank updates merged by numpy."""
+    arrays = {}
+    for variable in lm.backbone.variables:
+        if "/lora_" not in variable.path:
+            arrays[variable.path] = ops.convert_to_numpy(variable)
+    for layer in projections(lm.backbone):
+        if layer.lora_a is not None:
+            a, b = map(ops.convert_to_numpy, (layer.lora_a, layer.lora_b))
+            merged = arrays[f"{layer.path}/kernel"].astype("float64")
+            merged += 5 / 3 * a.astype("float64") @ b
+            arrays[f"{layer.path}/kernel"] = merged
+    return arrays
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("format", list(WRITERS))
+def test_every_bit_of_a_model_is_written(tmp_path, config, dtype, format):
+    lm = build(config, dtype)
+    lm.export(tmp_path / "m", format=format)
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        assert (checkpoint.config, checkpoint.dtype) == (config, dtype)
+        for path, expected in held(lm).items():
+            found = checkpoint.tensor(path)
+            assert found.dtype == expected.dtype
+            assert found.tobytes() == expected.tobytes(), path
+
+
+@pytest.mark.parametrize("format", list(WRITERS))
+def test_low_rank_updates_are_merged(tmp_path, config, format):
+    lm = build(config, lora=True)
+    lm.export(tmp_path / "m", format=format)
+    facts = json.loads((tmp_path / "m" / "provenance.json").read_text())
+    assert "rank 3, alpha 5) of attention_output, ffw_" in facts["modified"][0]
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        for path, expected in held(lm).items():
+            found = checkpoint.tensor(path)
+            # float32 rounds numbers of order one at 6e-8, in a few steps.
+            np.testing.assert_allclose(found, expected, atol=5e-7, rtol=0)
+            if not path.endswith("kernel"):
+                assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+def test_transformers_agrees_on_the_logits(tmp_path, config, lora):
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    lm = build(config, lora=lora)
+    lm.export(tmp_path / "m", format="hf", max_shard_size=20_000)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(IDS)).logits.numpy()
+    found = ops.convert_to_numpy(lm({"token_ids": IDS}))
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+
+
+def test_the_tokenizer_goes_along_and_the_origin_is_kept(new_lm, tmp_path):
+    lm = new_lm()
+    lm.export(tmp_path / "one", format="keras")
+    again = GemmaCausalLM.from_preset(tmp_path / "one")
+    again.optimizer.iterations.assign(3)
+    again.export(tmp_path / "two", format="hf", licence="apache-2.0")
+    facts = json.loads((tmp_path / "two" / "provenance.json").read_text())
+    assert facts["source"]["name"] == "one"
+    assert len(facts["source"]["files"][0]["sha256"]) == 64
+    assert "The model was trained for 3 steps with gemma_keras." in facts["modified"]
+    third = GemmaCausalLM.from_preset(tmp_path / "two")
+    assert third.preprocessor.tokenizer == lm.preprocessor.tokenizer
+    assert third.provenance.licence == "apache-2.0"
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`:UserWarning")
+def test_a_model_that_is_quantised_is_not_exported(new_lm, tmp_path):
+    lm = new_lm()
+    lm.quantize("int8")
+    with pytest.raises(ValueError, match="only models with float weights"):
+        lm.export(tmp_path / "m", format="hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_format_is_refused_with_all_names(lm, tmp_path):
+    with pytest.raises(ValueError, match=r"tf_saved_model.*hf, keras"):
+        lm.export(tmp_path / "m", format="pickle")
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="a SavedModel is TensorFlow's"
+)
+def test_formats_of_keras_work_through_the_same_method(lm, tmp_path):
+    import tensorflow as tf
+
+    ids = np.random.default_rng(4).integers(3, 300, (2, 8)).astype("int32")
+    inputs = {"token_ids": ids, "padding_mask": np.ones((2, 8), bool)}
+    lm(inputs)
+    spec = {
+        "token_ids": keras.InputSpec(shape=(None, 8), dtype="int32"),
+        "padding_mask": keras.InputSpec(shape=(None, 8), dtype="bool"),
+    }
+    lm.export(tmp_path / "saved", verbose=False, input_signature=[spec])
+    loaded = tf.saved_model.load(tmp_path / "saved")
+    expected = ops.convert_to_numpy(lm(inputs))
+    np.testing.assert_allclose(loaded.serve(inputs), expected, atol=1e-5, rtol=0)

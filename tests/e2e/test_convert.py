@@ -1,0 +1,110 @@
+"""`gemma-keras convert`, called as a person calls it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import typer.testing
+
+import gemma_keras
+from gemma_keras import checkpoints, cli
+from gemma_keras.cli_convert import read_size
+
+pytestmark = pytest.mark.any_backend
+
+PRESET = "gemma_tiny_instruct_en"
+
+
+def convert(*arguments):
+    """Calls the command inside this process."""
+    return typer.testing.CliRunner().invoke(
+        cli.app, ["convert", *map(str, arguments)], prog_name="gemma-keras"
+    )
+
+
+@pytest.mark.parametrize("to", list(checkpoints.WRITERS))
+def test_a_preset_goes_to_a_format_and_answers_as_before(tmp_path, to):
+    result = convert(PRESET, tmp_path / "m", "--to", to)
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'm'}\n")
+    assert "Wrote" in result.stderr
+    question = [{"role": "user", "content": "What color is the sky?"}]
+    answers = {
+        gemma_keras.GemmaCausalLM.from_preset(source).generate(
+            question, max_new_tokens=12
+        )
+        for source in (PRESET, tmp_path / "m")
+    }
+    assert len(answers) == 1
+    facts = json.loads((tmp_path / "m" / "provenance.json").read_text())
+    assert facts["source"]["name"] == PRESET
+    assert facts["licence"] == "apache-2.0"
+
+
+def test_dtype_shards_licence_and_force(tmp_path):
+    options = ("--to", "hf", "--dtype", "float32", "--max-shard-size", "4MB")
+    assert convert(PRESET, tmp_path / "m", *options).exit_code == 0
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 2
+    result = convert(PRESET, tmp_path / "m", *options)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith(
+        f"gemma-keras: {tmp_path / 'm'}: exists already; pass --force"
+    )
+    options = ("--to", "keras", "--licence", "gemma", "--force")
+    assert convert(tmp_path / "m", tmp_path / "m", *options).exit_code == 0
+    names = {path.name for path in (tmp_path / "m").iterdir()}
+    assert {"Notice", "model.weights.h5"} <= names
+    assert not [name for name in names if name.endswith(".safetensors")]
+    with checkpoints.open_checkpoint(tmp_path / "m") as checkpoint:
+        assert checkpoint.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (PRESET,),
+        (PRESET, "m"),
+        (PRESET, "m", "--to", "pickle"),
+        (PRESET, "m", "--to", "hf", "--max-shard-size", "many"),
+        (PRESET, "m", "--to", "hf", "--max-shard-size", "0GB"),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_exits_with_2(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert convert(*arguments).exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere", "m", "--to", "hf"), "neither a file or directory nor a model"),
+        ((PRESET, "m", "--to", "hf", "--dtype", "int3"), "stores weights as float32"),
+        ((PRESET, "m", "--to", "hf", "--licence", "My Own"), "must be an identifier"),
+    ],
+)
+def test_what_cannot_be_done_is_one_message(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = convert(*arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_backend_is_started(tmp_path):
+    code = (
+        "import sys; sys.argv[:] = ['gemma-keras', 'convert', *sys.argv[1:]]\n"
+        "from gemma_keras import cli\n"
+        "try: cli.main()\n"
+        "finally: print(sorted({'jax', 'torch', 'tensorflow'} & set(sys.modules)))\n"
+    )
+    command = [sys.executable, "-c", code, PRESET, str(tmp_path / "m"), "--to", "hf"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.stdout.endswith("[]\n"), result.stderr
+
+
+def test_sizes_are_read_as_people_write_them():
+    assert read_size("5GB") == 5e9
+    assert read_size("500 mb") == read_size("0.5g") == 5e8
+    assert read_size("1234") == read_size("1234B") == 1234

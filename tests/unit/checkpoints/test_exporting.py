@@ -1,0 +1,369 @@
+"""Writing checkpoints: what comes back, what is told, what fails without a trace."""
+
+import hashlib
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from gemma_keras.checkpoints import (
+    WRITERS,
+    CheckpointError,
+    exporting,
+    open_checkpoint,
+    staging,
+)
+from gemma_keras.checkpoints.contents import Contents, all_finite, shards
+from gemma_keras.checkpoints.provenance import NOTICE_TEXT, Provenance
+from gemma_keras.checkpoints.staging import replacing
+from gemma_keras.config import GemmaConfig
+
+pytestmark = [
+    pytest.mark.any_backend,
+    # The tiny models are none that KerasHub could hold exactly.
+    pytest.mark.filterwarnings("ignore:KerasHub:UserWarning"),
+]
+
+FORMATS = list(WRITERS)
+
+
+def contents_of(config, arrays, **fields):
+    dtype = next(iter(arrays.values())).dtype.name
+    return Contents(config=config, tensors=arrays.__getitem__, dtype=dtype, **fields)
+
+
+def everything_in(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_written_is_read(tmp_path, files, config, dtype, format):
+    arrays = files.weights(config, dtype)
+    path = exporting.export(contents_of(config, arrays), tmp_path / "a" / "b", format)
+    assert path == tmp_path / "a" / "b"
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.config == config
+        assert checkpoint.dtype == dtype
+        files.assert_same_weights(checkpoint, arrays)
+        assert checkpoint.tokenizer() is None
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_any_source_goes_through_a_format_and_back(tmp_path, files, config, format):
+    """As `gemma-keras convert` does it: from file to file, twice."""
+    arrays = files.weights(config, "bfloat16")
+    files.write_hugging_face(tmp_path / "hf", config, arrays)
+    for source, target, to in (("hf", "there", format), ("there", "back", "hf")):
+        with open_checkpoint(tmp_path / source) as checkpoint:
+            contents = exporting.checkpoint_contents(checkpoint, tmp_path / source)
+            exporting.export(contents, tmp_path / target, to)
+    with open_checkpoint(tmp_path / "back") as checkpoint:
+        files.assert_same_weights(checkpoint, arrays)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_shards_hold_no_more_than_was_asked(tmp_path, files, format):
+    config = files.configs["gemma2"]
+    arrays = files.weights(config)
+    contents = contents_of(config, arrays)
+    exporting.export(contents, tmp_path / "many", format, max_shard_size=9000)
+    exporting.export(contents, tmp_path / "one", format, max_shard_size=None)
+    found = [p for p in (tmp_path / "many").iterdir() if ".index" not in p.name]
+    weights = [p for p in found if p.suffix in (".safetensors", ".h5")]
+    assert len(weights) > 3
+    assert len({p.suffix for p in (tmp_path / "one").iterdir()} & {".h5"}) <= 1
+    for name in ("many", "one"):
+        with open_checkpoint(tmp_path / name) as checkpoint:
+            files.assert_same_weights(checkpoint, arrays)
+
+
+def test_runs_of_names():
+    sizes = {"a": 3, "b": 3, "c": 9, "d": 1, "e": 4}
+    assert shards(sizes, 6) == [["a", "b"], ["c"], ["d", "e"]]
+    assert shards(sizes, None) == [["a", "b", "c", "d", "e"]]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_casting_is_what_numpy_does_and_is_told(tmp_path, files, format):
+    config = files.configs["gemma"]
+    arrays = files.weights(config, "float32")
+    exporting.export(
+        contents_of(config, arrays), tmp_path / "m", format, dtype="bfloat16"
+    )
+    expected = files.weights(config, "bfloat16")
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        files.assert_same_weights(checkpoint, expected)
+    facts = json.loads((tmp_path / "m" / "provenance.json").read_text())
+    assert "They were cast from float32 to bfloat16." in facts["modified"]
+    assert facts["written"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_memory_is_that_of_one_tensor(tmp_path, files, format):
+    sizes = files.sizes | {"vocab_size": 4000, "hidden_dim": 100, "ffn_dim": 4000}
+    config = GemmaConfig(**sizes)
+    files.write_hugging_face(tmp_path / "hf", config, files.weights(config))
+    with open_checkpoint(tmp_path / "hf") as checkpoint:
+        contents = exporting.checkpoint_contents(checkpoint, "hf")
+        # What is imported when it is first needed is no part of it.
+        exporting.export(contents, tmp_path / "first", format)
+        tracemalloc.start()
+        exporting.export(contents, tmp_path / "m", format)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    largest = 4 * 4000 * 100
+    # The copy that turns a kernel round, and the mask of a piece of it.
+    assert peak < 3 * largest < 4 * config.num_parameters / 3
+
+
+# The papers
+
+
+def test_provenance_tells_the_source_and_no_path(tmp_path, files):
+    config = files.configs["gemma"]
+    source = tmp_path / "secret folder" / "my model"
+    source.parent.mkdir()
+    files.write_hugging_face(source, config, files.weights(config))
+    with open_checkpoint(source) as checkpoint:
+        contents = exporting.checkpoint_contents(checkpoint, source)
+        exporting.export(contents, tmp_path / "one", "keras")
+    facts = json.loads((tmp_path / "one" / "provenance.json").read_text())
+    data = (source / "model.safetensors").read_bytes()
+    assert facts["source"] == {
+        "name": "my_model",
+        "format": "Hugging Face",
+        "files": [
+            {
+                "name": "model.safetensors",
+                "bytes": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
+        ],
+    }
+    assert facts["licence"] == "gemma"
+    assert facts["modified"] == [
+        "The weights were converted from Hugging Face to KerasHub preset."
+    ]
+    assert set(facts["files"]) == set(everything_in(tmp_path / "one"))
+    with open_checkpoint(tmp_path / "one") as checkpoint:
+        contents = exporting.checkpoint_contents(checkpoint, tmp_path / "one")
+        exporting.export(contents, tmp_path / "two", "hf")
+    again = json.loads((tmp_path / "two" / "provenance.json").read_text())
+    assert again["earlier"] == facts
+    for name in ("one", "two"):
+        for file, content in everything_in(tmp_path / name).items():
+            assert b"secret" not in content, file
+
+
+def test_a_source_that_changed_meanwhile_gets_no_hash(tmp_path, files):
+    config = files.configs["gemma"]
+    files.write_hugging_face(tmp_path / "hf", config, files.weights(config))
+    with open_checkpoint(tmp_path / "hf") as checkpoint:
+        contents = exporting.checkpoint_contents(checkpoint, "hf")
+        with (tmp_path / "hf" / "model.safetensors").open("ab") as file:
+            file.write(b"!")
+        exporting.export(contents, tmp_path / "m", "hf")
+    facts = json.loads((tmp_path / "m" / "provenance.json").read_text())
+    assert "sha256" not in facts["source"]["files"][0]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_notice_goes_along_with_what_is_under_gemmas_terms(tmp_path, files, format):
+    config = files.configs["gemma"]
+    contents = contents_of(config, files.weights(config))
+    exporting.export(contents, tmp_path / "gemma", format)
+    exporting.export(contents, tmp_path / "own", format, licence="apache-2.0")
+    assert (tmp_path / "gemma" / "Notice").read_text() == NOTICE_TEXT
+    card = (tmp_path / "gemma" / "README.md").read_text()
+    assert card.startswith("---\nlicense: gemma\n")
+    assert NOTICE_TEXT.strip() in card
+    assert not (tmp_path / "own" / "Notice").exists()
+    assert "license: apache-2.0\n" in (tmp_path / "own" / "README.md").read_text()
+    # And the licence is remembered.
+    with open_checkpoint(tmp_path / "own") as checkpoint:
+        assert Provenance.of(checkpoint, tmp_path / "own").licence == "apache-2.0"
+
+
+def test_embedded_presets_keep_their_licence():
+    from gemma_keras import registry
+
+    with open_checkpoint(registry.resolve("gemma_tiny_en")) as checkpoint:
+        found = Provenance.of(checkpoint, "gemma_tiny_en")
+        assert Provenance.of(checkpoint, checkpoint.path).licence == "apache-2.0"
+    assert (found.licence, found.source) == ("apache-2.0", "gemma_tiny_en")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[]", "{", '{"tool": 1}', '{"tool": "other 1", "licence": "mit"}'),
+        '{"tool": "gemma_keras 1", "x": "' + "x" * 70000 + '"}',
+        '{"tool": "gemma_keras 1", "licence": "a: b"}',
+    ],
+)
+def test_a_provenance_of_others_is_not_believed(tmp_path, files, text):
+    config = files.configs["gemma"]
+    files.write_hugging_face(tmp_path / "hf", config, files.weights(config))
+    (tmp_path / "hf" / "provenance.json").write_text(text)
+    with open_checkpoint(tmp_path / "hf") as checkpoint:
+        found = Provenance.of(checkpoint, tmp_path / "hf")
+    assert found.licence == "gemma"
+    assert found.earlier is None or len(text) < 100
+
+
+# Refusals
+
+
+def refuses(contents, destination, match, format="hf", **options):
+    before = sorted(destination.parent.rglob("*"))
+    with pytest.raises(CheckpointError, match=match):
+        exporting.export(contents, destination, format, **options)
+    assert sorted(destination.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_only_an_export_is_overwritten_and_only_if_asked(tmp_path, files, format):
+    config = files.configs["gemma"]
+    contents = contents_of(config, files.weights(config))
+    changed = files.weights(config, seed=1)
+    there = tmp_path / "m"
+    exporting.export(contents, there, format)
+    before = everything_in(there)
+    refuses(contents, there, "exists already; pass --force", format)
+    assert everything_in(there) == before
+    exporting.export(contents_of(config, changed), there, "keras", overwrite=True)
+    with open_checkpoint(there) as checkpoint:
+        files.assert_same_weights(checkpoint, changed)
+    (there / "assets").mkdir()
+    (there / "assets" / "notes.txt").write_text("mine")
+    match = r"files that no export wrote \(assets/notes.txt\)"
+    refuses(contents, there, match, format, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_no_export_is_left_alone(tmp_path, files, format):
+    config = files.configs["gemma"]
+    contents = contents_of(config, files.weights(config))
+    (tmp_path / "file").write_text("mine")
+    refuses(contents, tmp_path / "file", "is a file", format, overwrite=True)
+    (tmp_path / "folder").mkdir()
+    exporting.export(contents, tmp_path / "folder", format)
+    # One that says of itself what it does not hold.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "provenance.json").write_text("[]")
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    refuses(contents, tmp_path / "other", "thesis.tex", format, overwrite=True)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_failure_half_way_leaves_what_was_there(tmp_path, files, format):
+    config = files.configs["gemma"]
+    arrays = files.weights(config)
+    exporting.export(contents_of(config, arrays), tmp_path / "m", format)
+    before = everything_in(tmp_path)
+
+    def tensors(path):
+        if path == "decoder_block_2/ffw_linear/kernel":
+            raise CheckpointError("the disk is gone")
+        return arrays[path]
+
+    contents = Contents(config=config, tensors=tensors, dtype="float32")
+    for name in ("m", "new"):
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            exporting.export(contents, tmp_path / name, format, overwrite=True)
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, files, bad, dtype):
+    config = files.configs["gemma"]
+    arrays = files.weights(config, dtype)
+    assert all(map(all_finite, arrays.values()))
+    arrays["decoder_block_1/attention/key/kernel"][3, 4] = bad
+    match = "decoder_block_1/attention/key/kernel: holds NaN or infinite"
+    refuses(contents_of(config, arrays), tmp_path / "m", match)
+
+
+def test_weights_that_a_dtype_cannot_hold_are_refused(tmp_path, files):
+    config = files.configs["gemma"]
+    arrays = files.weights(config)
+    arrays["final_normalization/scale"][0] = 1e6
+    match = "infinite numbers once float32 is cast to float16"
+    refuses(contents_of(config, arrays), tmp_path / "m", match, dtype="float16")
+
+
+def test_weights_of_a_wrong_shape_or_kind_are_refused(tmp_path, files):
+    config = files.configs["gemma"]
+    arrays = files.weights(config)
+    arrays["decoder_block_0/ffw_linear/kernel"] = np.ones((3, 4), np.float32)
+    refuses(contents_of(config, arrays), tmp_path / "m", r"has shape \[3, 4\]")
+    arrays["decoder_block_0/ffw_linear/kernel"] = np.ones((40, 24), np.int8)
+    refuses(contents_of(config, arrays), tmp_path / "m", "holds int8 numbers")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"format": "pickle"}, "must be one of hf, keras"),
+        ({"dtype": "int3"}, "stores weights as float32.*got 'int3'"),
+        ({"max_shard_size": 0}, "max_shard_size must be a positive number"),
+        ({"licence": "a\nb: c"}, "licence must be an identifier"),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, files, options, match):
+    config = files.configs["gemma"]
+    refuses(
+        contents_of(config, files.weights(config)), tmp_path / "m", match, **options
+    )
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, files, small):
+    config = files.configs["gemma"]
+    contents = contents_of(config, files.weights(config), tokenizer=small)
+    refuses(contents, tmp_path / "m", "has 500 pieces, but the model knows only 70")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "match"),
+    [
+        ("gemma", {"final_logit_soft_cap": 3.0}, "gemma cannot have final_logit_"),
+        ("gemma", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar=7"),
+        ("gemma", {"layer_pattern": "LG", "sliding_window": 4}, "layer_pattern='LGL'"),
+        ("gemma2", {"rope_scaling_factor": 2.0}, "rope scaling is unsupported"),
+        ("gemma3", {"use_post_norms": False}, "use_post_norms=False"),
+    ],
+)
+def test_models_that_hugging_face_does_not_have_are_refused(
+    tmp_path, files, family, changes, match
+):
+    import dataclasses
+
+    config = dataclasses.replace(files.configs[family], **changes)
+    contents = contents_of(config, files.weights(config))
+    refuses(contents, tmp_path / "m", match)
+
+
+def test_a_full_disk_is_told_before_work_starts(tmp_path, files, monkeypatch):
+    config = files.configs["gemma"]
+    contents = contents_of(config, files.weights(config))
+    usage = staging.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
+    refuses(contents, tmp_path / "m", "but the disk has 0.0 GB left")
+
+
+def test_an_error_of_the_disk_is_a_checkpoint_error(tmp_path):
+    match = r"cannot be written \(.*No space"
+    with (
+        pytest.raises(CheckpointError, match=match),
+        replacing(tmp_path / "m") as partial,
+    ):
+        partial.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
