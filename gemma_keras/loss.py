@@ -16,7 +16,7 @@ from keras import ops
 from gemma_keras import backend
 
 # Logits of one chunk, in float32. Two or three tensors of this size live at a time.
-CHUNK_BYTES = 2**27
+CHUNK_BYTES = 2**26
 MOST_ROWS = 1024
 
 

@@ -10,6 +10,7 @@ Three things are not as Keras has them:
 """
 
 import contextlib
+import functools
 
 import keras
 import ml_dtypes
@@ -99,14 +100,16 @@ class TokenTrainer(keras.Model):
             **kwargs,
         )
         self._token_metrics = TokenMetrics(names) if by_token else None
-        self._compiled_with = keras.saving.serialize_keras_object(
-            {"loss": loss, "weighted_metrics": weighted_metrics, "remat": remat}
+        # Not serialised yet, for which Keras would import TensorFlow; and in a function,
+        # or the metrics would be tracked.
+        self._compiled_with = functools.partial(
+            dict, loss=loss, weighted_metrics=weighted_metrics, remat=remat
         )
 
     def get_compile_config(self):
         return {
             **super().get_compile_config(),
-            **self._compiled_with,
+            **keras.saving.serialize_keras_object(self._compiled_with()),
             "optimizer_has_state": bool(self.optimizer and self.optimizer.built),
         }
 

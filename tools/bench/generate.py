@@ -2,8 +2,7 @@
 
     python tools/bench/generate.py --rounds 3 --json figures.json
 
-The model has 264M parameters: Gemma 1 with 18 layers, width 640, 4 query heads, 1 key
-head of 256, feed-forward 2048, vocabulary 256000, random weights, float32. A prompt of
+The model is that of contenders.py: 264M parameters, random weights. A prompt of
 32 tokens is continued by 32, in batches of 1 and of 8. Every contender runs in its own
 process, one after the other, round after round; ratios within a run are what compares,
 since a machine that others use is slower at one time than at another. The first call,
@@ -22,16 +21,9 @@ import sys
 import time
 from pathlib import Path
 
+from contenders import SHAPE, keras_hub_model, our_model, transformers_model
+
 BACKENDS = ("jax", "tensorflow", "torch")
-SHAPE = {
-    "vocab": 256_000,
-    "layers": 18,
-    "width": 640,
-    "ffn": 2048,
-    "heads": 4,
-    "kv_heads": 1,
-    "head_dim": 256,
-}
 PROMPT_TOKENS = NEW_TOKENS = 32
 TIMED_CALLS = 2
 
@@ -48,19 +40,7 @@ def make_ours(dtype):
     """A function that continues the prompts of a batch."""
     import numpy as np
 
-    from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig
-
-    config = GemmaConfig(
-        vocab_size=SHAPE["vocab"],
-        num_layers=SHAPE["layers"],
-        hidden_dim=SHAPE["width"],
-        ffn_dim=SHAPE["ffn"],
-        num_query_heads=SHAPE["heads"],
-        num_kv_heads=SHAPE["kv_heads"],
-        head_dim=SHAPE["head_dim"],
-        query_pre_attn_scalar=SHAPE["head_dim"],
-    )
-    lm = GemmaCausalLM(GemmaBackbone(config, dtype=dtype))
+    lm = our_model(dtype)
 
     def generate(ids):
         inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
@@ -71,21 +51,9 @@ def make_ours(dtype):
 
 def make_keras_hub(dtype):
     """The same of KerasHub, given a cache of exactly the length that is needed."""
-    import keras_hub
     import numpy as np
 
-    backbone = keras_hub.models.GemmaBackbone(
-        vocabulary_size=SHAPE["vocab"],
-        num_layers=SHAPE["layers"],
-        num_query_heads=SHAPE["heads"],
-        num_key_value_heads=SHAPE["kv_heads"],
-        hidden_dim=SHAPE["width"],
-        # Its intermediate_dim counts both branches.
-        intermediate_dim=2 * SHAPE["ffn"],
-        head_dim=SHAPE["head_dim"],
-        dtype=dtype,
-    )
-    lm = keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
+    lm = keras_hub_model(dtype)
     lm.compile(sampler="greedy")
 
     def generate(ids):
@@ -102,18 +70,8 @@ def make_keras_hub(dtype):
 def make_transformers(dtype):
     """The same of transformers, on torch."""
     import torch
-    import transformers
 
-    config = transformers.GemmaConfig(
-        vocab_size=SHAPE["vocab"],
-        hidden_size=SHAPE["width"],
-        intermediate_size=SHAPE["ffn"],
-        num_hidden_layers=SHAPE["layers"],
-        num_attention_heads=SHAPE["heads"],
-        num_key_value_heads=SHAPE["kv_heads"],
-        head_dim=SHAPE["head_dim"],
-    )
-    model = transformers.GemmaForCausalLM(config).to(getattr(torch, dtype)).eval()
+    model = transformers_model(dtype).eval()
 
     def generate(ids):
         ids = torch.from_numpy(ids).long()
