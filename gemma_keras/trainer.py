@@ -100,8 +100,8 @@ class TokenTrainer(keras.Model):
             **kwargs,
         )
         self._token_metrics = TokenMetrics(names) if by_token else None
-        # Not serialised yet, for which Keras would import TensorFlow; and in a function,
-        # or the metrics would be tracked.
+        # Not serialised yet, for which Keras would import TensorFlow; and in a
+        # function, or the metrics would be tracked.
         self._compiled_with = functools.partial(
             dict, loss=loss, weighted_metrics=weighted_metrics, remat=remat
         )
