@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 import gemma_keras
-from gemma_keras import checkpoints, cli_convert, registry
+from gemma_keras import checkpoints, cli_convert, cli_data, registry
 from gemma_keras.cli_base import (
     BackendOption,
     Json,
@@ -35,6 +35,8 @@ from gemma_keras.cli_base import (
     take_unraisable,
 )
 from gemma_keras.console import say, size, table
+
+app.add_typer(cli_data.data_app, name="data")
 
 
 @dataclasses.dataclass

@@ -102,14 +102,15 @@ def read_signature(function):
     return [*(each.replace(kind=kind) for each in parameters), debug], groups
 
 
-def command(example):
-    """Makes a function a command of `app`.
+def command(example, group=app):
+    """Makes a function a command of `app`, or of a group of commands.
 
     A parameter whose type is a dataclass stands for one option a field. What the
     function raises becomes one message and exit status 1.
 
     Args:
         example: command lines for the end of the help text.
+        group: the `Typer` that it belongs to.
     """
 
     def register(function):
@@ -137,7 +138,7 @@ def command(example):
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {each.name: each.annotation for each in parameters}
         lines = "\n".join(f"  {line}" for line in example.splitlines())
-        app.command(epilog=f"\b\nExample:\n{lines}")(run)
+        group.command(epilog=f"\b\nExample:\n{lines}")(run)
         return function
 
     return register

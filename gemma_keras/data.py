@@ -89,6 +89,14 @@ class PreprocessedDataset(keras.utils.PyDataset):
             self.dataset.on_epoch_end()
 
 
+def is_grain_stream(dataset):
+    """Whether this is a Grain `IterDataset`; Grain is not imported to find out."""
+    return any(
+        kind.__name__ == "IterDataset" and kind.__module__.startswith("grain.")
+        for kind in type(dataset).__mro__
+    )
+
+
 def prepare_dataset(dataset, preprocessor, endless):
     """`dataset`, its raw batches made arrays.
 
@@ -102,6 +110,9 @@ def prepare_dataset(dataset, preprocessor, endless):
             pass
         else:
             return PreprocessedDataset(dataset, preprocessor)
+    if is_grain_stream(dataset):
+        # Keras reads it anew in each epoch, which it does not do with a generator.
+        return dataset.map(lambda batch: prepare_batch(batch, preprocessor))
 
     def batches():
         again = True

@@ -165,6 +165,22 @@ def known_as(source: str) -> Preset | None:
     return None
 
 
+def is_instruct(source: str | os.PathLike) -> bool:
+    """Whether a model answers, rather than continues, as far as its name tells.
+
+    Args:
+        source: as for `resolve`. A name or handle of the registry is looked up; of
+            others, one with a part such as `it`, `instruct` or `chat` is taken for one
+            that answers: `./gemma-2-2b-it`.
+    """
+    source = os.fspath(source)
+    known = known_as(source)
+    if known is not None:
+        return known.variant == "instruct"
+    parts = re.split(r"[^a-z]+", source.lower())
+    return not {"it", "instruct", "chat"}.isdisjoint(parts)
+
+
 @functools.cache
 def _names():
     found = {}

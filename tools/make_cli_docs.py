@@ -33,12 +33,24 @@ def help_text(*words: str) -> str:
     return "\n".join(line.rstrip() for line in result.output.strip().splitlines())
 
 
+def commands() -> list[tuple[str, ...]]:
+    """The words of each command, those of groups behind the others."""
+    groups = [
+        ((group.name,), group.typer_instance) for group in cli.app.registered_groups
+    ]
+    return [
+        (*words, command.callback.__name__)
+        for words, typer_app in [((), cli.app), *groups]
+        for command in typer_app.registered_commands
+    ]
+
+
 def page() -> str:
     """The whole page."""
-    names = [command.callback.__name__ for command in cli.app.registered_commands]
     parts = [INTRODUCTION, f"```text\n{help_text()}\n```\n"]
-    for name in names:
-        parts.append(f"## `gemma-keras {name}`\n\n```text\n{help_text(name)}\n```\n")
+    for words in commands():
+        text = help_text(*words)
+        parts.append(f"## `gemma-keras {' '.join(words)}`\n\n```text\n{text}\n```\n")
     return "\n".join(parts)
 
 

@@ -1,5 +1,7 @@
 """fit, evaluate and predict on text, and the gradients beneath them."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -20,6 +22,13 @@ def compiled(lm, learning_rate=0.01, beta_2=0.999):
     jit = False if keras.backend.backend() == "tensorflow" else "auto"
     optimizer = keras.optimizers.Adam(learning_rate, beta_2=beta_2)
     lm.compile(optimizer=optimizer, jit_compile=jit)
+    return lm
+
+
+def stepwise(lm):
+    """Compiled so that TensorFlow need not trace, where only the data is tested."""
+    eagerly = keras.backend.backend() == "tensorflow"
+    lm.compile(optimizer=keras.optimizers.Adam(0.01), run_eagerly=eagerly)
     return lm
 
 
@@ -122,6 +131,33 @@ def test_fit_takes_the_datasets_of_the_backend(new_lm, backend):
     one, two = compiled(new_lm()), compiled(new_lm())
     found = one.fit(dataset, epochs=3, steps_per_epoch=steps, verbose=0).history
     expected = two.fit(texts, batch_size=2, epochs=3, shuffle=False, verbose=0).history
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["map", "stream", "loader"])
+def test_fit_takes_grain_datasets(new_lm, kind):
+    grain = pytest.importorskip("grain", reason="needs grain")
+    texts = ["The cat sat on the mat", "A dog came by"] * 2
+    batches = grain.MapDataset.source(texts).batch(2)
+    dataset = {
+        "map": batches,
+        "stream": batches.to_iter_dataset(),
+        "loader": grain.DataLoader(
+            data_source=texts,
+            sampler=grain.samplers.SequentialSampler(len(texts)),
+            operations=[grain.transforms.Batch(2)],
+        ),
+    }[kind]
+    # What a loader without a length has in an epoch, Keras is to be told; where a
+    # stream ends, it finds out, and says so.
+    steps = 2 if kind == "loader" else None
+    told = contextlib.nullcontext()
+    if kind == "stream":
+        told = pytest.warns(UserWarning, match="ran out of data")
+    one, two = stepwise(new_lm()), stepwise(new_lm())
+    with told:
+        found = one.fit(dataset, epochs=2, steps_per_epoch=steps, verbose=0).history
+    expected = two.fit(texts, batch_size=2, epochs=2, shuffle=False, verbose=0).history
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-4)
 
 
