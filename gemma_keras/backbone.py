@@ -27,6 +27,7 @@ from keras import ops
 from gemma_keras import backend, lora
 from gemma_keras import cache as kv_cache
 from gemma_keras.config import GemmaConfig
+from gemma_keras.geglu import geglu
 from gemma_keras.lora import Projection
 
 # Finite, so that a query with nothing to see yields numbers, not NaN.
@@ -228,11 +229,11 @@ class DecoderBlock(keras.layers.Layer):
         """Down-project GELU(gate) * up."""
         gate, up = self.ffw_gating(x), self.ffw_gating_2(x)
         if self.compute_dtype != "float16":
-            return self.ffw_linear(ops.gelu(gate, approximate=True) * up)
+            return self.ffw_linear(geglu(gate, up))
         # The product, and the sum over F, pass 65504 on real Gemmas. Scale each token
         # down to fit and back up in the residual's float32: rounding is unchanged.
         gate, up = ops.cast(gate, "float32"), ops.cast(up, "float32")
-        product = ops.gelu(gate, approximate=True) * up
+        product = geglu(gate, up)
         peak = ops.max(ops.abs(product), axis=-1, keepdims=True)
         factor = ops.maximum(peak, 1.0)
         fed = self.ffw_linear(ops.cast(product / factor, "float16"))

@@ -219,6 +219,50 @@ def loop(condition, body, state):
     return tf.while_loop(condition, lambda state: (body(state),), (state,))[0]
 
 
+def may_be_differentiated():
+    """Whether somebody may ask for the gradient of what is computed now."""
+    return not _in_program.get() and (NAME != "torch" or torch.is_grad_enabled())
+
+
+def with_slopes(function, *inputs):
+    """The value of an elementwise function, differentiated by the slopes it gives.
+
+    Args:
+        function: takes `inputs` and returns its value and a slope for each input.
+        *inputs: tensors of one shape.
+
+    Nothing but the slopes is kept for the backward pass.
+    """
+    if NAME == "torch":
+        return _WithSlopes.apply(function, *inputs)
+
+    @ops.custom_gradient
+    def run(*inputs):
+        value, slopes = function(*inputs)
+
+        def gradient(*args, upstream=None):
+            upstream = args[0] if upstream is None else upstream
+            return tuple(upstream * slope for slope in slopes)
+
+        return value, gradient
+
+    return run(*inputs)
+
+
+if NAME == "torch":
+
+    class _WithSlopes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, function, *inputs):
+            value, slopes = function(*inputs)
+            ctx.save_for_backward(*slopes)
+            return value
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return None, *(upstream * slope for slope in ctx.saved_tensors)
+
+
 def branch(condition, yes, no):
     """`yes()` or `no()`, for what they do to variables."""
     if NAME == "tensorflow":

@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig, backend, loss
+from gemma_keras.geglu import geglu
 from gemma_keras.optimizers import (
     LoraPlus,
     TokenAccumulation,
@@ -114,6 +115,27 @@ def test_loss_and_gradients_are_the_closed_form(monkeypatch, cap):
     assert relative(slopes[1], expected[2]) < 1e-6
     found = loss.cross_entropy(hidden, labels, weights, backbone)
     assert relative(found.right, expected[3]) < 1e-6
+
+
+def test_the_gated_gelu_has_the_slopes_of_its_formula():
+    random = np.random.default_rng(1)
+    gate, up = random.normal(size=(2, 5, 7)) * 2
+    c = np.sqrt(2 / np.pi)
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(c * (x + 0.044715 * x**3)))
+
+    variable = keras.Variable(np.ones(()), dtype="float32")
+    value, (of_gate, of_up, _) = gradients(
+        lambda gate, up: ops.sum(geglu(gate, up)) + variable,
+        [gate.astype("float32"), up.astype("float32")],
+        variable,
+    )
+    step = 1e-6
+    difference = (gelu(gate + step) - gelu(gate - step)) / (2 * step)
+    assert relative(value, (gelu(gate) * up).sum() + 1) < 1e-6
+    assert relative(of_gate, difference * up) < 1e-6
+    assert relative(of_up, gelu(gate)) < 1e-6
 
 
 def test_nothing_that_counts_is_no_loss(monkeypatch):
