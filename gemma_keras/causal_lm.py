@@ -123,10 +123,11 @@ class GemmaCausalLM(trainer.TokenTrainer):
 
         Args:
             filepath: where to; it appears when it is complete.
-            format: `"hf"` (Hugging Face: transformers, vLLM and others) or `"keras"`
-                (KerasHub); or one of Keras' own, such as `"tf_saved_model"` and
-                `"onnx"`, which `keras.Model.export` writes.
-            **options: of `"hf"` and `"keras"`: `dtype` to store the weights in,
+            format: `"hf"` (Hugging Face: transformers, vLLM and others), `"gguf"`
+                (llama.cpp and others) or `"keras"` (KerasHub); or one of Keras' own,
+                such as `"tf_saved_model"` and `"onnx"`, which `keras.Model.export`
+                writes.
+            **options: of the first three: `dtype` to store the weights in,
                 `max_shard_size` in bytes, `overwrite` to replace an earlier export,
                 `licence` if the weights are not under Gemma's terms, and `progress`,
                 called as `progress(done_bytes, total_bytes)`. Else those of Keras.

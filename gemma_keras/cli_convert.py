@@ -19,6 +19,7 @@ Format = enum.StrEnum("Format", {name: name for name in checkpoints.WRITERS})
 EXAMPLE = """\
 gemma-keras convert gemma_tiny_en ./tiny-hf --to hf
 gemma-keras convert ./model.gguf ./model-hf --to hf --dtype bfloat16
+gemma-keras convert ./my_model ./my_model.gguf --to gguf --dtype q8_0
 gemma-keras convert hf://google/gemma-2b ./gemma-2b --to keras --force"""
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -36,12 +37,17 @@ def convert(
     source: Source,
     destination: Annotated[
         pathlib.Path,
-        typer.Argument(metavar="DEST", help="Directory to write."),
+        typer.Argument(
+            metavar="DEST", help="Directory to write; or a .gguf file, for gguf."
+        ),
     ],
     to: Annotated[Format, option("Format to write.", "--to")],
     dtype: Annotated[
         str | None,
-        option("How to store the weights; as they are stored by default."),
+        option(
+            "How to store the weights: float32, bfloat16, float16, or for gguf also "
+            "q8_0, q5_1, q5_0, q4_1, q4_0; as they are stored by default."
+        ),
     ] = None,
     max_shard_size: Annotated[
         str, option("Largest file, for formats in several; 5GB by default.")

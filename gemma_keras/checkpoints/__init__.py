@@ -15,6 +15,7 @@ __all__ = ["WRITERS", "Checkpoint", "CheckpointError", "open_checkpoint"]
 WRITERS = {
     "hf": "hugging_face_writer",
     "keras": "keras_preset_writer",
+    "gguf": "gguf_writer",
 }
 
 # In this order for a directory: some hold a GGUF beside the safetensors.

@@ -46,8 +46,10 @@ class Contents:
         """Bytes of all weights in `dtype`."""
         return self.config.num_parameters * FLOAT_DTYPES[dtype].itemsize
 
-    def array(self, path: str, dtype: str) -> np.ndarray:
+    def array(self, path: str, dtype: str | None) -> np.ndarray:
         """One weight in `dtype`, finite and of the right shape; perhaps a strided view.
+
+        None keeps its own dtype.
 
         Raises:
             CheckpointError: it is neither, or `dtype` cannot hold it.
@@ -60,6 +62,7 @@ class Contents:
                 f"{path}: holds {stored} numbers; only models with float weights are "
                 "written. Load the model again and do not quantise it."
             )
+        dtype = dtype or stored
         with np.errstate(over="ignore"):
             array = array.astype(FLOAT_DTYPES[dtype], copy=False)
         if not all_finite(array):
@@ -69,8 +72,8 @@ class Contents:
                 "weights is not written."
             )
         if self.progress is not None:
-            self._done[0] += array.nbytes
-            self.progress(self._done[0], self.stored_bytes(dtype))
+            self._done[0] += array.size * FLOAT_DTYPES[self.dtype].itemsize
+            self.progress(self._done[0], self.stored_bytes(self.dtype))
         return array
 
 

@@ -2,7 +2,7 @@
 
 Tensors are stored [out, in] under llama.cpp's names. Norm weights are stored plus
 one, and the embedding of some files has padding rows after the vocabulary; both are
-undone here. What the files leave unsaid is what llama.cpp assumes.
+undone here.
 """
 
 import re
@@ -10,22 +10,16 @@ import re
 import numpy as np
 
 from gemma_keras.checkpoints.checkpoint import (
-    NUMBER,
     Checkpoint,
     CheckpointError,
-    build_config,
     check_shape,
     dominant_dtype,
-    shortest_pattern,
     some,
 )
+from gemma_keras.checkpoints.gguf_config import Fields, read_config
 from gemma_keras.checkpoints.gguf_file import GGUFFile
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
 
-_ARCHITECTURES = ("gemma", "gemma2", "gemma3")
-# Depth of the 27B models, whose query scale is width / heads: llama.cpp knows them
-# by it too, since the file does not say.
-_DEPTH_27B = {"gemma2": 46, "gemma3": 62}
 _BLOCK_NAMES = {
     "pre_attention_norm/scale": "attn_norm",
     "attention/query/kernel": "attn_q",
@@ -93,8 +87,8 @@ class GGUFCheckpoint(Checkpoint):
         self._decoded = decoded_dtype or "float32"
         self._file = GGUFFile(path)
         try:
-            self._fields = self._file.fields
-            self.config = config or self._read_config()
+            self._fields = Fields(self._file.fields, path)
+            self.config = config or read_config(self._fields, self._vocab_size())
             self._names = self._match()
             self.dtype = dominant_dtype(
                 (
@@ -106,115 +100,6 @@ class GGUFCheckpoint(Checkpoint):
         except BaseException:
             self.close()
             raise
-
-    def _read_config(self):
-        arch = self._text("general.architecture", "")
-        if arch not in _ARCHITECTURES:
-            raise CheckpointError(
-                f"{self.path}: architecture {arch!r} is not supported; supported are "
-                f"{', '.join(_ARCHITECTURES)}."
-            )
-        kind = self._text("general.type", "model")
-        if kind != "model":
-            raise CheckpointError(f"{self.path}: holds no model, but: {kind}.")
-        if self._number("split.count", 0) > 1:
-            raise CheckpointError(
-                f"{self.path}: is one part of several; join them first with "
-                "llama-gguf-split --merge."
-            )
-        width, heads = self._get("embedding_length"), self._get("attention.head_count")
-        layers = self._get("block_count")
-        head_dim = self._get("attention.key_length", width // max(heads, 1))
-        if self._get("attention.value_length", head_dim) != head_dim:
-            raise CheckpointError(
-                f"{self.path}: keys and values of different sizes are not supported."
-            )
-        scalar = head_dim
-        if layers == _DEPTH_27B.get(arch) and heads > 0:
-            scalar = width / heads
-        fields = {
-            "vocab_size": self._vocab_size(),
-            "num_layers": layers,
-            "hidden_dim": width,
-            "ffn_dim": self._get("feed_forward_length"),
-            "num_query_heads": heads,
-            "num_kv_heads": self._get("attention.head_count_kv", heads),
-            "head_dim": head_dim,
-            "query_pre_attn_scalar": scalar,
-            "norm_epsilon": self._get("attention.layer_norm_rms_epsilon"),
-            "max_position": self._get("context_length"),
-            "rope_theta": self._get("rope.freq_base", 10_000.0),
-            "rope_scaling_factor": self._rope_factor(arch),
-        }
-        if arch != "gemma":
-            fields |= self._later_fields(arch, layers)
-        return build_config(self.path, **fields)
-
-    def _later_fields(self, arch, layers):
-        """What only Gemma 2 and 3 have."""
-        fields = {"use_post_norms": True}
-        if arch == "gemma2":
-            fields["sliding_window"] = self._get("attention.sliding_window", 4096)
-            fields["layer_pattern"] = self._layer_pattern(layers, 2)
-            fields["attn_logit_soft_cap"] = self._get("attn_logit_softcapping", 50.0)
-            fields["final_logit_soft_cap"] = self._get("final_logit_softcapping", 30.0)
-            return fields
-        fields["use_qk_norm"] = True
-        fields["sliding_window"] = self._get("attention.sliding_window")
-        fields["layer_pattern"] = self._layer_pattern(layers, 6)
-        fields["final_logit_soft_cap"] = self._get("final_logit_softcapping", 0) or None
-        fields["rope_theta"] = self._get("rope.freq_base", 1_000_000.0)
-        fields["local_rope_theta"] = self._get("rope.freq_base_swa", 10_000.0)
-        return fields
-
-    def _get(self, name, default=None):
-        """A number under the architecture's prefix, or an error if there is none."""
-        return self._number(f"{self._fields['general.architecture']}.{name}", default)
-
-    def _number(self, key, default):
-        value = self._fields.get(key, default)
-        if value is None:
-            raise CheckpointError(f"{self.path}: the key {key} is missing.")
-        if type(value) not in NUMBER:
-            raise CheckpointError(
-                f"{self.path}: {key} must be a number, not a {type(value).__name__}."
-            )
-        if isinstance(value, float):
-            # Stored as float32: 1e-6 and 1000000 as people wrote them.
-            with np.errstate(over="ignore"):
-                value = float(str(np.float32(value)))
-        return value
-
-    def _text(self, key, default):
-        value = self._fields.get(key, default)
-        if not isinstance(value, str):
-            raise CheckpointError(
-                f"{self.path}: {key} must be text, not a {type(value).__name__}."
-            )
-        return value
-
-    def _layer_pattern(self, layers, default):
-        key = f"{self._fields['general.architecture']}.attention.sliding_window_pattern"
-        value = self._fields.get(key, default)
-        if isinstance(value, np.ndarray) and len(value) == layers:
-            return shortest_pattern("".join("L" if local else "G" for local in value))
-        if isinstance(value, int) and 1 <= value <= 1024:
-            return "L" * (value - 1) + "G"
-        raise CheckpointError(f"{self.path}: {key} is not understood.")
-
-    def _rope_factor(self, arch):
-        kind = self._text(f"{arch}.rope.scaling.type", "none")
-        if kind not in ("none", "linear"):
-            raise CheckpointError(
-                f"{self.path}: rope scaling {kind!r} is not supported; Gemma uses "
-                "none and linear."
-            )
-        factor = self._get("rope.scaling.factor", 1.0) if kind == "linear" else 1.0
-        if arch == "gemma2" and factor != 1.0:
-            raise CheckpointError(
-                f"{self.path}: Gemma 2 with rope scaling is unsupported."
-            )
-        return factor or 1.0
 
     def _vocab_size(self):
         """Rows of the embedding that stand for a piece of the vocabulary."""
@@ -233,8 +118,8 @@ class GGUFCheckpoint(Checkpoint):
 
     def _pieces(self):
         """The vocabulary without the padding that converters append to it."""
-        pieces = self._fields.get("tokenizer.ggml.tokens", [])
-        types = self._fields.get("tokenizer.ggml.token_type", [])
+        pieces = self._file.fields.get("tokenizer.ggml.tokens", [])
+        types = self._file.fields.get("tokenizer.ggml.token_type", [])
         if not isinstance(pieces, list):
             raise CheckpointError(
                 f"{self.path}: tokenizer.ggml.tokens must be strings."
@@ -313,7 +198,7 @@ class GGUFCheckpoint(Checkpoint):
         pieces = self._pieces()
         if not pieces:
             return None
-        model = self._text("tokenizer.ggml.model", "llama")
+        model = self._fields.text("tokenizer.ggml.model", "llama")
         if model != "llama":
             raise CheckpointError(
                 f"{self.path}: its vocabulary is of the kind {model!r}; Gemma's is "
@@ -321,7 +206,7 @@ class GGUFCheckpoint(Checkpoint):
             )
         lists = []
         for key in ("scores", "token_type"):
-            values = self._fields.get(f"tokenizer.ggml.{key}")
+            values = self._file.fields.get(f"tokenizer.ggml.{key}")
             if not isinstance(values, np.ndarray) or len(values) < len(pieces):
                 raise CheckpointError(
                     f"{self.path}: tokenizer.ggml.{key} is missing or too short."

@@ -167,6 +167,17 @@ def assert_same_weights(checkpoint, arrays):
         assert checkpoint.sources(path)
 
 
+def assert_same_but_for_norms(checkpoint, arrays):
+    """As above, of a format that keeps norms plus one in float32."""
+    for path, expected in arrays.items():
+        if path.endswith("scale"):
+            one = np.float32(1)
+            expected = (expected.astype(np.float32) + one) - one
+        found = checkpoint.tensor(path)
+        assert found.dtype == expected.dtype, path
+        assert found.tobytes() == expected.tobytes(), path
+
+
 @pytest.fixture(scope="session")
 def files():
     """The functions above, for tests in this folder."""
@@ -180,6 +191,7 @@ def files():
         write_hugging_face=write_hugging_face,
         write_shards=write_shards,
         assert_same_weights=assert_same_weights,
+        assert_same_but_for_norms=assert_same_but_for_norms,
     )
 
 
