@@ -24,11 +24,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from gemma_keras import backend, lora
+from gemma_keras import backend
 from gemma_keras import cache as kv_cache
+from gemma_keras.adapters import Adaptable
 from gemma_keras.config import GemmaConfig
 from gemma_keras.geglu import geglu
-from gemma_keras.lora import Projection
+from gemma_keras.projection import Projection, TokenEmbedding
 
 # Finite, so that a query with nothing to see yields numbers, not NaN.
 MASKED = -2.3819763e38
@@ -165,20 +166,21 @@ class Attention(keras.layers.Layer):
             self.key_norm.build((config.head_dim,))
         self.attention_output.build((config.num_query_heads * config.head_dim,))
 
-    def call(self, x, table, mask, cache=None):
+    def call(self, x, table, mask, cache=None, noise=None):
         config = self.config
         heads = (-1, x.shape[1], config.num_query_heads, config.head_dim)
         kv_heads = (-1, x.shape[1], config.num_kv_heads, config.head_dim)
-        query = ops.reshape(self.query(x), heads)
-        key = ops.reshape(self.key(x), kv_heads)
-        value = ops.reshape(self.value(x), kv_heads)
+        query = ops.reshape(self.query(x, noise), heads)
+        key = ops.reshape(self.key(x, noise), kv_heads)
+        value = ops.reshape(self.value(x, noise), kv_heads)
         if config.use_qk_norm:
             query, key = self.query_norm.call(query), self.key_norm.call(key)
         query, key = rotate(query, table), rotate(key, table)
         key, value = ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
         if cache is not None:
             key, value = cache.update(key, value)
-        return self.attention_output(attend(query, key, value, mask, config))
+        mixed = attend(query, key, value, mask, config)
+        return self.attention_output(mixed, noise)
 
 
 class DecoderBlock(keras.layers.Layer):
@@ -210,33 +212,36 @@ class DecoderBlock(keras.layers.Layer):
             self.post_attention_norm.build(input_shape)
             self.post_ffw_norm.build(input_shape)
 
-    def call(self, x, table, mask, cache=None):
-        """`x` [B, T, D] after this block; `cache` is this layer's `LayerCache`."""
+    def call(self, x, table, mask, cache=None, noise=None):
+        """`x` [B, T, D] after this block.
+
+        `cache` is this layer's `LayerCache`, `noise` what dropout in adapters draws on.
+        """
         # Layers of this file are entered through `call`: they cast by themselves, and
         # what Keras does around it costs torch more than the arithmetic.
         mixed = self.attention.call(
-            self.pre_attention_norm.call(x), table, mask, cache=cache
+            self.pre_attention_norm.call(x), table, mask, cache=cache, noise=noise
         )
         if self.config.use_post_norms:
             mixed = self.post_attention_norm.call(mixed)
         x = x + ops.cast(mixed, x.dtype)
-        fed = self.feed_forward(self.pre_ffw_norm.call(x), x.dtype)
+        fed = self.feed_forward(self.pre_ffw_norm.call(x), x.dtype, noise)
         if self.config.use_post_norms:
             fed = self.post_ffw_norm.call(fed)
         return x + ops.cast(fed, x.dtype)
 
-    def feed_forward(self, x, residual_dtype):
+    def feed_forward(self, x, residual_dtype, noise=None):
         """Down-project GELU(gate) * up."""
-        gate, up = self.ffw_gating(x), self.ffw_gating_2(x)
+        gate, up = self.ffw_gating(x, noise), self.ffw_gating_2(x, noise)
         if self.compute_dtype != "float16":
-            return self.ffw_linear(geglu(gate, up))
+            return self.ffw_linear(geglu(gate, up), noise)
         # The product, and the sum over F, pass 65504 on real Gemmas. Scale each token
         # down to fit and back up in the residual's float32: rounding is unchanged.
         gate, up = ops.cast(gate, "float32"), ops.cast(up, "float32")
         product = geglu(gate, up)
         peak = ops.max(ops.abs(product), axis=-1, keepdims=True)
         factor = ops.maximum(peak, 1.0)
-        fed = self.ffw_linear(ops.cast(product / factor, "float16"))
+        fed = self.ffw_linear(ops.cast(product / factor, "float16"), noise)
         return ops.cast(fed, residual_dtype) * factor
 
 
@@ -250,7 +255,7 @@ def random_init(path):
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
-class GemmaBackbone(keras.Model):
+class GemmaBackbone(Adaptable, keras.Model):
     """Token ids in, hidden states [B, T, D] out.
 
     Args:
@@ -270,7 +275,7 @@ class GemmaBackbone(keras.Model):
         self.config = config
         self.remat = False  # keep only the inputs of blocks for a backward pass
         shared = {"init": init or random_init, "dtype": self.dtype_policy}
-        self.token_embedding = keras.layers.ReversibleEmbedding(
+        self.token_embedding = TokenEmbedding(
             config.vocab_size,
             config.hidden_dim,
             embeddings_initializer=shared["init"]("token_embedding/embeddings"),
@@ -288,6 +293,7 @@ class GemmaBackbone(keras.Model):
             config.norm_epsilon, name="final_normalization", **shared
         )
         self.final_normalization.build((None, None, config.hidden_dim))
+        self._prepare_adapters()
         self.built = True
 
     def __call__(self, inputs, cache=None, **kwargs):
@@ -296,7 +302,7 @@ class GemmaBackbone(keras.Model):
             return super().__call__(inputs, **kwargs)
         return self.call(inputs, cache=cache, **kwargs)
 
-    def call(self, inputs, cache=None, layer_intercept_fn=None):
+    def call(self, inputs, cache=None, layer_intercept_fn=None, training=None):
         """Run every layer.
 
         Args:
@@ -311,6 +317,7 @@ class GemmaBackbone(keras.Model):
             cache: optional `Cache` of the tokens before these.
             layer_intercept_fn: optional `fn(x, i)` that may replace the embeddings
                 (i = -1) and the output of each block (i = 0, 1, ...).
+            training: whether adapters with dropout drop anything.
 
         Returns:
             Hidden states [B, T, D] in the compute dtype, and the new cache with them
@@ -318,12 +325,12 @@ class GemmaBackbone(keras.Model):
         """
         x = self.embed(inputs, layer_intercept_fn)
         positions, masks, step = self._positions_and_masks(inputs, x.shape[1], cache)
-        tables = self._rotary_tables(positions)
+        tables, noise = self._rotary_tables(positions), self.draw_noise(training)
         for i, (block, kind) in enumerate(
             zip(self.blocks, self.config.layer_kinds, strict=True)
         ):
             if step is None:
-                x = self._train_block(block, x, tables[kind], masks[kind])
+                x = self._train_block(block, x, tables[kind], masks[kind], noise)
             else:
                 x = block.call(x, tables[kind], masks[kind], cache=step.layers[i])
             if layer_intercept_fn is not None:
@@ -331,16 +338,16 @@ class GemmaBackbone(keras.Model):
         x = self.final_normalization.call(x)
         return x if step is None else (x, step.finish())
 
-    def _train_block(self, block, x, table, mask):
+    def _train_block(self, block, x, table, mask, noise):
         # A closure: TensorFlow's remat takes numbers only, which masks are not.
-        run = lambda x: block(x, table, mask)  # noqa: E731
+        run = lambda x: block(x, table, mask, noise=noise)  # noqa: E731
         return keras.remat(run)(x) if self.remat else run(x)
 
     def embed(self, inputs, layer_intercept_fn=None):
         """Scaled embeddings [B, T, D], in the dtype of the residual stream."""
         x = inputs.get("embeddings")
         if x is None:
-            x = self.token_embedding(inputs["token_ids"])
+            x = self.token_embedding.lookup(inputs["token_ids"])
         if layer_intercept_fn is not None:
             x = layer_intercept_fn(x, -1)
         x = ops.cast(x, self.compute_dtype)
@@ -401,26 +408,6 @@ class GemmaBackbone(keras.Model):
             masks = {k: ops.logical_and(mask, same) for k, mask in masks.items()}
         return positions, masks, None
 
-    def enable_lora(self, rank, target_layer_names=None, alpha=None):
-        """Freeze the model and train low-rank updates of some projections.
-
-        Args:
-            rank: columns of the first factor.
-            target_layer_names: names of projections, `("query", "value")` by default;
-                also `key`, `attention_output`, `ffw_gating`, `ffw_gating_2`,
-                `ffw_linear`.
-            alpha: the update is multiplied by `alpha / rank`; `rank` by default.
-        """
-        lora.enable_lora(self, rank, target_layer_names, alpha)
-
-    def save_lora_weights(self, filepath):
-        """Write the low-rank factors alone to a `.lora.h5` file."""
-        lora.save_lora_weights(self, filepath)
-
-    def load_lora_weights(self, filepath):
-        """Read what `save_lora_weights` wrote, enabling LoRA as it was if need be."""
-        lora.load_lora_weights(self, filepath)
-
     @classmethod
     def from_preset(cls, source, dtype="auto", load_weights=True):
         """The backbone alone of what `GemmaCausalLM.from_preset` loads."""
@@ -435,15 +422,15 @@ class GemmaBackbone(keras.Model):
             "trainable": self.trainable,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "config": dataclasses.asdict(self.config),
-            "lora": lora.lora_config(self),
+            "lora": self.adapters.get_config(),
         }
 
     @classmethod
     def from_config(cls, config):
         config = dict(config)
-        updates = config.pop("lora", None)
+        adapters = config.pop("lora", None)
         config["config"] = GemmaConfig(**config["config"])
         backbone = cls(**config)
-        if updates:
-            backbone.enable_lora(**updates)
+        if adapters:
+            backbone.adapters.restore(adapters)
         return backbone

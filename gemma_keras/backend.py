@@ -198,6 +198,45 @@ def gumbel(seed, count, shape):
     return -tf.math.log(-tf.math.log(uniform))
 
 
+def noise_seed(state):
+    """What `keep_mask` takes, of the `next()` of a `keras.random.SeedGenerator`."""
+    return tuple(int(x) for x in state) if NAME == "torch" else state
+
+
+def keep_mask(seed, stream, shape, share):
+    """Booleans of `shape`, true with probability `share`.
+
+    A function of `seed` and the integer `stream`, so that a rematerialised layer, which
+    is computed twice, drops the same values twice.
+    """
+    if NAME == "jax":
+        key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
+        return jax.random.bernoulli(jax.random.fold_in(key, stream), share, shape)
+    if NAME == "torch":
+        device = torch_device()
+        mixed = np.random.SeedSequence((*seed, stream)).generate_state(1)
+        generator = torch.Generator(device).manual_seed(int(mixed[0]))
+        return torch.rand(shape, generator=generator, device=device) < share
+    seed = tf.random.fold_in(tf.cast(seed, "int32"), stream)
+    return tf.random.stateless_uniform(shape, seed=seed) < share
+
+
+def column_squares(kernel):
+    """Sum of the squares of each column of `kernel` [in, out], float32 [out]."""
+    if NAME == "torch":
+        # A sum of squares would first make a tensor of them.
+        value = ops.convert_to_tensor(kernel)
+        return torch.linalg.vector_norm(value, dim=0, dtype=torch.float32).square()
+    return ops.sum(ops.square(ops.cast(kernel, "float32")), axis=0)
+
+
+def host_copy(variable):
+    """The value of a Keras variable, copied to the host's memory, in its own dtype."""
+    if NAME == "torch":
+        return variable.value.detach().to("cpu", copy=True)
+    return np.array(variable.value)
+
+
 def torch_device():
     """The device that Keras puts torch tensors on."""
     return ops.convert_to_tensor(0).device

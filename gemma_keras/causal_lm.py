@@ -13,12 +13,13 @@ from gemma_keras import (
     text_generation,
     trainer,
 )
+from gemma_keras.adaptation import Adaptation
 from gemma_keras.checkpoints import exporting
 from gemma_keras.checkpoints.provenance import Provenance
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
-class GemmaCausalLM(trainer.TokenTrainer):
+class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
     """A Gemma that predicts the next token, with everything that is done with one.
 
     Args:
@@ -91,8 +92,9 @@ class GemmaCausalLM(trainer.TokenTrainer):
     def save_to_preset(self, directory, *, overwrite=False, max_shard_size=10):
         """Write a directory that `from_preset`, ours and KerasHub's, loads again.
 
-        Low-rank updates are merged into the kernels that are written. What KerasHub
-        would compute otherwise than this package is said in a warning.
+        The updates of the adapters in use are merged into the kernels that are written;
+        a warning names adapters that are left out, and says what KerasHub would compute
+        otherwise than this package.
 
         Args:
             directory: where to; it appears when it is complete.
@@ -157,8 +159,8 @@ class GemmaCausalLM(trainer.TokenTrainer):
         """The `GemmaConfig` of the backbone."""
         return self.backbone.config
 
-    def call(self, inputs):
-        hidden = self.backbone(inputs)
+    def call(self, inputs, training=None):
+        hidden = self.backbone(inputs, training=training)
         if self._gives_hidden:
             return hidden
         logits = self.backbone.logits(hidden)

@@ -141,10 +141,10 @@ class Engine:
     def _program(self, kind, features, size=None):
         variables = self.backbone.variables
         if self._variables is None or [*map(id, variables)] != self._variables:
-            # LoRA or quantisation gave the model other weights.
+            # Adapters or quantisation gave the model other weights.
             self._variables = [*map(id, variables)]
             self._programs.clear()
-        key = (kind, features, size)
+        key = (kind, features, size, self.backbone.adapters.state)
         if key not in self._programs:
             functions = {
                 "prefill": lambda *a: self._prefill(features, size, *a),

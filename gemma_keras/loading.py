@@ -1,14 +1,15 @@
 """From a preset's name or a checkpoint on disk to a model, one tensor at a time."""
 
 import math
+import warnings
 
 import keras
 
 from gemma_keras import backend, registry
 from gemma_keras.backbone import GemmaBackbone
 from gemma_keras.checkpoints import CheckpointError, open_checkpoint
-from gemma_keras.lora import projections
 from gemma_keras.preprocessor import GemmaCausalLMPreprocessor
+from gemma_keras.projection import adapted_layers
 
 
 def open_source(source, dtype="auto"):
@@ -103,13 +104,33 @@ def _after_cast(array, dtype):
 
 
 def weight_reader(backbone):
-    """A function from the path of a weight to its numpy array, updates merged in."""
-    kernels = {f"{layer.path}/kernel": layer for layer in projections(backbone)}
+    """A function from the path of a weight to its numpy array.
+
+    The updates of the adapters in use are merged in; a warning names those left out.
+
+    Raises:
+        ValueError: one of them updates the embedding. No checkpoint can hold that:
+            the output head is the same table, and gets no update.
+    """
+    adapters = backbone.adapters
+    if backbone.token_embedding.active_factors():
+        raise ValueError(
+            f"The adapter {', '.join(adapters.active)} updates the embedding, which "
+            "cannot be merged: the output head is the same table. Save the adapter "
+            "with save_adapter, and the model within `with lm.disable_adapter():`."
+        )
+    left_out = [name for name in adapters.configs if name not in adapters.active]
+    if left_out:
+        warnings.warn(
+            f"Adapters that are not in use are left out: {', '.join(left_out)}.",
+            stacklevel=3,
+        )
+    layers = adapted_layers(backbone)
     variables = {variable.path: variable for variable in backbone.variables}
 
     def read(path):
-        layer = kernels.get(path)
-        value = variables[path].value if layer is None else layer.merged_kernel()
+        layer = layers.get(path.rsplit("/", 1)[0])
+        value = variables[path] if layer is None else layer.merged_weight()
         return keras.ops.convert_to_numpy(value)
 
     return read

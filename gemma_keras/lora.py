@@ -1,239 +1,265 @@
-"""Projections that can carry a low-rank update: y = x W + (alpha / rank) (x A) B.
+"""Low-rank updates of layers: y = x W + s (x A) B.
 
 The update is a path of its own, never a merged kernel, so that no gradient of the size
 of W is ever formed (Hu et al. 2021, arXiv:2106.09685). Factors are 2-D, as in PEFT.
 """
 
-import json
-import pathlib
+import math
+import zlib
 
-import h5py
 import keras
 from keras import ops
 
 from gemma_keras import backend
 
-DEFAULT_TARGETS = ("query", "value")
+# The adapter whose factors bear no name but lora_a and lora_b.
+DEFAULT = "default"
+HINT = (
+    "If it was saved after enable_lora, call enable_lora with the same arguments first."
+)
 
 
-class Projection(keras.layers.Dense):
-    """A dense layer without bias, kernel [in, out], and its optional update.
+class Factors:
+    """The update of one layer by one adapter.
 
-    Args:
-        units: size of the output.
-        init: function from the path of a weight to its initializer.
+    Attributes:
+        a: variable [in, rank].
+        b: variable [rank, out].
+        magnitude: variable [out], of DoRA; else None.
+        rank: columns of `a`.
+        scale: what the product is multiplied by.
+        dropout: share of the inputs that training sets to zero.
+        stream: number that sets its noise apart from that of other updates.
     """
 
-    def __init__(self, units, init, **kwargs):
-        super().__init__(units, use_bias=False, **kwargs)
-        self.init = init
-        self.lora_a = self.lora_b = None
+    def __init__(self, a, b, magnitude, *, scale, dropout, stream):
+        self.a, self.b, self.magnitude = a, b, magnitude
+        self.rank = a.shape[1]
+        self.scale, self.dropout, self.stream = scale, dropout, stream
 
-    def build(self, input_shape):
-        self.kernel_initializer = keras.initializers.get(
-            self.init(f"{self.path}/kernel")
-        )
-        super().build(input_shape)
+    @property
+    def variables(self):
+        """The variables by the names that files give them."""
+        named = {"lora_a": self.a, "lora_b": self.b, "lora_magnitude": self.magnitude}
+        return {name: x for name, x in named.items() if x is not None}
 
-    def enable_lora(self, rank, alpha=None):
-        """Add the factors A [in, rank] and B [rank, out] and freeze the kernel.
+    def update(self, inputs, noise):
+        """What is added to the output for `inputs` [..., in], in their dtype."""
+        if noise is not None and self.dropout:
+            kept = backend.keep_mask(
+                noise, self.stream, ops.shape(inputs), 1.0 - self.dropout
+            )
+            kept = ops.cast(kept, inputs.dtype)
+            inputs = inputs * kept / ops.cast(1.0 - self.dropout, inputs.dtype)
+        return self.finish(ops.matmul(inputs, ops.cast(self.a, inputs.dtype)))
 
-        They are float32 whatever the kernel is: small steps vanish in bfloat16.
+    def finish(self, projected):
+        """The update, given the inputs times `a`."""
+        return ops.matmul(projected, ops.cast(self.b, projected.dtype)) * self.scale
+
+    def delta(self):
+        """The whole update s A B [in, out]: only merging needs it."""
+        return ops.matmul(self.a, self.b) * self.scale
+
+
+class Adapted:
+    """A layer with a weight W [in, out] that can carry low-rank updates.
+
+    A mixin for Keras layers, which call `_prepare_adapters` in their constructor.
+    """
+
+    def _prepare_adapters(self):
+        self.adapters = {}
+        self._active = ()
+        self._base = None
+
+    @property
+    def weight(self):
+        """The variable W."""
+        raise NotImplementedError
+
+    def add_adapter(self, name, config, values=None):
+        """Add the factors of an adapter, in float32 whatever W is.
+
+        Small steps vanish in bfloat16.
+
+        Args:
+            name: of the adapter.
+            config: its `LoraConfig`.
+            values: arrays by the names of `Factors.variables`, in place of a new start.
         """
-        self.lora_rank, self.lora_alpha = rank, alpha or rank
+        rows, columns = self.weight.shape
+        rank = config.rank_of(self.path)
+        starts = self._starts(config, rank) if values is None else values
+        shapes = {"lora_a": (rows, rank), "lora_b": (rank, columns)}
+        if config.dora:
+            shapes["lora_magnitude"] = (columns,)
+        made = {}
         self._tracker.unlock()
-        self.lora_a = self.add_weight(
-            name="lora_a",
-            shape=(self.kernel.shape[0], rank),
-            initializer="he_uniform",
-            dtype="float32",
-        )
-        self.lora_b = self.add_weight(
-            name="lora_b",
-            shape=(rank, self.units),
-            initializer="zeros",
-            dtype="float32",
-        )
+        with self._open_name_scope():
+            for key, shape in shapes.items():
+                start = starts.get(key, "zeros")
+                # A second adapter needs paths of its own.
+                if name == DEFAULT:
+                    made[key] = _variable(key, shape, start)
+                else:
+                    with keras.name_scope(name):
+                        made[key] = _variable(key, shape, start)
+        for variable in made.values():
+            self._track_variable(variable)
         self._tracker.lock()
+        self.adapters[name] = Factors(
+            made["lora_a"],
+            made["lora_b"],
+            made.get("lora_magnitude"),
+            scale=config.scale_of(self.path),
+            dropout=config.dropout,
+            # The same in a run that resumes, whatever was added before.
+            stream=zlib.crc32(f"{self.path}/{name}".encode()) >> 1,
+        )
+        if config.dora and values is None:
+            self.reset_magnitude(name)
 
-    def __call__(self, inputs):
-        # Where there is nothing to add, Keras' way in costs torch more than a product.
-        if self.quantization_mode is None:
-            return self.call(inputs)
-        return super().__call__(inputs)
+    def _starts(self, config, rank):
+        """Initializers of the factors; zeros where none is named."""
+        if config.init == "gaussian":
+            return {"lora_a": keras.initializers.RandomNormal(stddev=1 / rank)}
+        if config.init == "he_uniform":
+            return {"lora_a": "he_uniform"}
+        # Kaiming's with a = sqrt(5), as PEFT: uniform within 1 / sqrt(in).
+        bound = 1 / math.sqrt(self.weight.shape[0])
+        return {"lora_a": keras.initializers.RandomUniform(-bound, bound)}
 
-    def call(self, inputs, training=None):
-        product = ops.cast(backend.matmul(inputs, self.kernel), inputs.dtype)
-        return self._add_update(product, inputs)
+    def remove_adapter(self, name):
+        """Drop the factors of an adapter."""
+        self._active = tuple(n for n in self._active if n != name)
+        for variable in self.adapters.pop(name).variables.values():
+            self._untrack_variable(variable)
 
-    def quantized_call(self, *args, **kwargs):
-        return self._add_update(super().quantized_call(*args, **kwargs), args[0])
+    def activate(self, names):
+        """Add the updates of these adapters, and train them alone."""
+        self._active = tuple(name for name in names if name in self.adapters)
+        if not self.adapters:
+            return
+        self.trainable = True
+        for variable in self.variables:
+            variable.trainable = False
+        for name in self._active:
+            for variable in self.adapters[name].variables.values():
+                variable.trainable = True
 
-    def _add_update(self, outputs, inputs):
-        if self.lora_a is None:
-            return outputs
-        a = ops.cast(self.lora_a, inputs.dtype)
-        b = ops.cast(self.lora_b, inputs.dtype)
-        update = ops.matmul(ops.matmul(inputs, a), b)
-        return outputs + update * (self.lora_alpha / self.lora_rank)
+    def active_factors(self):
+        """The `Factors` that are in use."""
+        if self._base is not None:
+            return []
+        return [self.adapters[name] for name in self._active]
 
-    def merged_kernel(self):
-        """The kernel [in, out] with the update added, in the dtype of the kernel."""
-        if self.lora_a is None:
-            return self.kernel
-        scale = self.lora_alpha / self.lora_rank
-        update = ops.matmul(self.lora_a, self.lora_b) * scale
-        merged = ops.cast(self.kernel, "float32") + update
-        return ops.cast(merged, self.kernel.dtype)
+    def reset_magnitude(self, name):
+        """Let DoRA's magnitude be the norms that the columns have now."""
+        factors = self.adapters[name]
+        factors.magnitude.assign(self._column_norms(factors))
 
-    def save_own_variables(self, store):
-        # By name: Dense would leave the factors out.
-        for variable in self.weights:
-            store[variable.name] = variable
+    def gain(self, factors):
+        """DoRA's factor [out] of each column: magnitude / ||W + s A B||.
 
-    def load_own_variables(self, store):
-        names = set(store.keys())
-        known = {variable.name for variable in self.weights}
-        if names - known or known - names - {"lora_a", "lora_b"}:
+        The norm counts as a constant, as section 4.3 of the paper has it.
+        """
+        return factors.magnitude / ops.stop_gradient(self._column_norms(factors))
+
+    def _column_norms(self, factors):
+        """||W + s A B|| of each column [out], without forming the sum.
+
+        |w + s A b|^2 = |w|^2 + 2 s (w A) b + s^2 b (A A) b, where A A is [rank, rank].
+        """
+        a, b = (
+            ops.stop_gradient(ops.convert_to_tensor(x)) for x in (factors.a, factors.b)
+        )
+        across = ops.transpose(a)
+        mixed = ops.sum(
+            ops.matmul(across, ops.cast(self.weight, "float32")) * b, axis=0
+        )
+        own = ops.sum(ops.matmul(ops.matmul(across, a), b) * b, axis=0)
+        squares = backend.column_squares(self.weight)
+        squares = squares + factors.scale * (2.0 * mixed + factors.scale * own)
+        return ops.sqrt(ops.maximum(squares, 1e-30))
+
+    def merged_weight(self):
+        """W with the active updates added [in, out], in the dtype of W."""
+        found = self.active_factors()
+        if not found:
+            return self.weight
+        total = ops.cast(self.weight, "float32")
+        for factors in found:
+            total = total + factors.delta()
+        # At most one of them is DoRA, and then it is alone.
+        if found[0].magnitude is not None:
+            total = total * self.gain(found[0])
+        return ops.cast(total, self.weight.dtype)
+
+    def merge(self):
+        """Let W hold the active updates, and keep what it was in the host's memory."""
+        if self.active_factors():
+            merged = self.merged_weight()
+            self._base = backend.host_copy(self.weight)
+            self.weight.assign(merged)
+
+    def unmerge(self):
+        """Let W be what it was before `merge`, to the last bit."""
+        if self._base is not None:
+            self.weight.assign(self._base)
+            self._base = None
+
+    def forget_base(self):
+        """Make `merge` final."""
+        self._base = None
+
+    def _stored_factors(self):
+        """Adapter to its variables by their keys in a file."""
+        return {
+            name: {
+                key if name == DEFAULT else f"{name}:{key}": variable
+                for key, variable in factors.variables.items()
+            }
+            for name, factors in self.adapters.items()
+        }
+
+    def _save_factors(self, store):
+        for variables in self._stored_factors().values():
+            for key, variable in variables.items():
+                store[key] = variable
+
+    def _check_factors(self, found):
+        """Refuse a file whose factors, `found` by key, are not those of this layer."""
+        groups = [set(variables) for variables in self._stored_factors().values()]
+        known = set().union(*groups)
+        # An adapter that the file lacks as a whole is one without an update yet.
+        torn = any(group & found and group - found for group in groups)
+        if torn or found - known:
             raise ValueError(
-                f"The file holds {sorted(names)} for {self.path}, which has "
-                f"{sorted(known)}. If it was saved after enable_lora, call enable_lora "
-                "with the same arguments first."
+                f"The file holds {', '.join(sorted(found))} for {self.path}, which has "
+                f"{', '.join(sorted(known)) or 'no adapter'}. {HINT}"
             )
-        for variable in self.weights:
-            if variable.name in names:
-                variable.assign(store[variable.name])
-            elif variable is self.lora_b:
-                # A file from before enable_lora: it means no update yet.
-                variable.assign(ops.zeros(variable.shape, dtype=variable.dtype))
+
+    def _load_factors(self, store):
+        for name, variables in self._stored_factors().items():
+            if set(variables) <= set(store.keys()):
+                for key, variable in variables.items():
+                    variable.assign(store[key])
+                continue
+            # One factor alone is zero: without either, nothing could be learned.
+            factors = self.adapters[name]
+            factors.b.assign(ops.zeros(factors.b.shape, dtype="float32"))
+            if factors.magnitude is not None:
+                self.reset_magnitude(name)
 
 
-def projections(backbone):
-    """Every `Projection` of the backbone."""
-    return [
-        layer
-        for layer in backbone._flatten_layers(include_self=False)
-        if isinstance(layer, Projection)
-    ]
-
-
-def enable_lora(backbone, rank, target_layer_names=None, alpha=None):
-    """Freeze `backbone` and give the projections of these names a low-rank update.
-
-    Raises `ValueError`, and changes nothing, if an argument makes no update.
-    """
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
-        raise ValueError(f"rank must be a positive integer, got {rank!r}.")
-    if alpha is not None and not alpha > 0:
-        raise ValueError(f"alpha must be a positive number, got {alpha!r}.")
-    targets = tuple(target_layer_names or DEFAULT_TARGETS)
-    known = sorted({layer.name for layer in projections(backbone)})
-    unknown = sorted(set(targets) - set(known))
-    if unknown:
-        raise ValueError(
-            f"No projection is called {', '.join(unknown)}. "
-            f"target_layer_names may hold: {', '.join(known)}."
-        )
-    chosen = [layer for layer in projections(backbone) if layer.name in targets]
-    if any(layer.lora_a is not None for layer in chosen):
-        raise ValueError("This backbone already has LoRA enabled on these layers.")
-    # Freeze leaf by leaf: a frozen parent would freeze the factors too.
-    for layer in backbone._flatten_layers(include_self=False):
-        if not layer._layers:
-            layer.trainable = False
-    for layer in chosen:
-        layer.trainable = True
-        layer.enable_lora(rank, alpha)
-        layer._kernel.trainable = False
-
-
-def lora_config(backbone):
-    """Arguments of `enable_lora` that give `backbone` its updates; None without."""
-    adapted = [layer for layer in projections(backbone) if layer.lora_a is not None]
-    if not adapted:
-        return None
-    return {
-        "rank": adapted[0].lora_rank,
-        "alpha": adapted[0].lora_alpha,
-        "target_layer_names": sorted({layer.name for layer in adapted}),
-    }
-
-
-def save_lora_weights(backbone, filepath):
-    """Write the factors, and what `enable_lora` was given, to a `.lora.h5` file."""
-    path = _checked_path(filepath)
-    config = lora_config(backbone)
-    if config is None:
-        raise ValueError("There is no low-rank update to save: call enable_lora first.")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with h5py.File(partial, "w") as file:
-            file.attrs["gemma_keras"] = json.dumps(config)
-            for name, variable in _factors(backbone).items():
-                file[name] = ops.convert_to_numpy(variable)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_lora_weights(backbone, filepath):
-    """Read a file of `save_lora_weights`, enabling LoRA as it was if need be."""
-    path = _checked_path(filepath)
-    try:
-        with h5py.File(path) as file:
-            config = json.loads(file.attrs.get("gemma_keras", "null"))
-            values = {}
-            file.visititems(
-                lambda name, item: (
-                    values.update({name: item[()]})
-                    if isinstance(item, h5py.Dataset)
-                    else None
-                )
-            )
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: is not a whole HDF5 file ({error}).") from error
-    if config is None:
-        raise ValueError(
-            f"{path}: was not written by save_lora_weights of gemma_keras. KerasHub "
-            "factorises each head for itself, which this layout cannot hold."
-        )
-    present = lora_config(backbone)
-    if present is not None and present != config:
-        raise ValueError(f"{path}: holds LoRA {config}, but the model has {present}.")
-    shapes = _expected_shapes(backbone, config)
-    found = {name: value.shape for name, value in values.items()}
-    if found != shapes:
-        wrong = sorted(set(found.items()) ^ set(shapes.items()))[0]
-        raise ValueError(f"{path}: does not fit this model, see {wrong[0]}.")
-    if present is None:
-        enable_lora(backbone, **config)
-    for name, variable in _factors(backbone).items():
-        variable.assign(values[name])
-
-
-def _checked_path(filepath):
-    path = pathlib.Path(filepath)
-    if not path.name.endswith(".lora.h5"):
-        raise ValueError(f"The file's name must end in .lora.h5, got {path.name!r}.")
-    return path
-
-
-def _factors(backbone):
-    return {
-        variable.path: variable
-        for layer in projections(backbone)
-        if layer.lora_a is not None
-        for variable in (layer.lora_a, layer.lora_b)
-    }
-
-
-def _expected_shapes(backbone, config):
-    shapes = {}
-    for layer in projections(backbone):
-        if layer.name in config["target_layer_names"]:
-            rows, columns = layer.kernel.shape
-            shapes[f"{layer.path}/lora_a"] = (rows, config["rank"])
-            shapes[f"{layer.path}/lora_b"] = (config["rank"], columns)
-    return shapes
+def _variable(name, shape, start):
+    """A float32 variable that begins as an array, or by an initializer."""
+    if not isinstance(start, str) and not callable(start):
+        start = ops.convert_to_tensor(start, dtype="float32")
+    return keras.Variable(
+        start if not isinstance(start, str) else keras.initializers.get(start),
+        shape=shape,
+        dtype="float32",
+        name=name,
+    )

@@ -198,6 +198,7 @@ class TokenTrainer(keras.Model):
             validation_data: in the same forms.
             **kwargs: further arguments of `keras.Model.fit`.
         """
+        self._check_trainable()
         self._check_optimizer()
         epochs = isinstance(x, EpochDataset)
         if epochs or (data.is_dataset(x) and not isinstance(x, keras.utils.PyDataset)):
@@ -213,6 +214,18 @@ class TokenTrainer(keras.Model):
         return super().fit(
             x, y, sample_weight=sample_weight, validation_data=validation_data, **kwargs
         )
+
+    def _check_trainable(self):
+        """Refuse to train what the optimizer, or the forward pass, does not see."""
+        self.backbone.adapters.check_unmerged("Training")
+        if self.optimizer is None or not self.optimizer.built:
+            return
+        seen = {id(variable) for variable in self.optimizer._trainable_variables}
+        if seen != {id(variable) for variable in self.trainable_variables}:
+            raise ValueError(
+                "Other weights are to be trained than those that the optimizer has "
+                "seen, since adapters were added or switched: call compile again."
+            )
 
     def _check_optimizer(self):
         """Refuse an Adam that would silently change nothing.

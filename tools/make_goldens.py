@@ -2,11 +2,12 @@
 """Writes tests/parity/goldens: what transformers computes, for every backend to match.
 
     python tools/make_goldens.py twins         # tiny random Gemma 1, 2 and 3
+    python tools/make_goldens.py adapters      # of PEFT, for the twins
     python tools/make_goldens.py gemma3_270m   # the real one; needs fetch_assets
 
-Needs transformers, torch and gguf. The twins hide nothing: every size differs from
-every other, N*H != D, 1 < K < N, the query scale is not the head size, windows bite
-more than twice over, soft caps saturate and no norm weight is zero.
+Needs transformers, torch, peft and gguf. The twins hide nothing: every size differs
+from every other, N*H != D, 1 < K < N, the query scale is not the head size, windows
+bite more than twice over, soft caps saturate and no norm weight is zero.
 """
 
 import argparse
@@ -131,6 +132,54 @@ def make_twins():
         print(f"{folder}: logits up to {abs(values['logits']).max():.2f}")
 
 
+# One adapter for each twin; together they have what adapters can have.
+ADAPTERS = {
+    "gemma": {
+        "target_modules": ["q_proj", "down_proj", "embed_tokens"],
+        "rank_pattern": {"layers.0.self_attn.q_proj": 5, "embed_tokens": 2},
+        "alpha_pattern": {r"layers\.[01]\.mlp\.down_proj": 9},
+    },
+    "gemma2": {"target_modules": "all-linear", "use_dora": True, "use_rslora": True},
+    "gemma3": {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1},
+}
+
+
+def make_adapters():
+    """In the folder of each twin: adapter/ as PEFT saves it, and adapter_logits.npy."""
+    import peft
+
+    for seed, (name, settings) in enumerate(ADAPTERS.items()):
+        folder = GOLDENS / name
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager"
+        )
+        model.name_or_path = model.config._name_or_path = ""
+        config = peft.LoraConfig(
+            r=3,
+            lora_alpha=4,
+            task_type="CAUSAL_LM",
+            init_lora_weights=False,
+            **settings,
+        )
+        model = peft.get_peft_model(model, config).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for path, weight in model.named_parameters():
+                noise = torch.randn(weight.shape, generator=generator)
+                if "magnitude" in path:
+                    weight.mul_(1 + 0.3 * noise)
+                elif "lora_" in path:
+                    weight.copy_(0.2 * noise)
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+        model.save_pretrained(folder / "adapter")
+        (folder / "adapter" / "README.md").unlink()
+        token_ids = np.load(folder / "outputs.npz")["token_ids"]
+        with torch.no_grad():
+            logits = model(torch.from_numpy(token_ids)).logits.numpy()
+        np.save(folder / "adapter_logits.npy", logits)
+        print(f"{folder}: logits up to {abs(logits).max():.2f}")
+
+
 PROMPTS = [
     "The capital of France is",
     "Once upon a time, there was a",
@@ -181,8 +230,14 @@ def make_gemma3_270m():
     print(f"{folder}: {token_ids.size} tokens, mean {log_probs.mean():.4f}")
 
 
+MAKERS = {
+    "twins": make_twins,
+    "adapters": make_adapters,
+    "gemma3_270m": make_gemma3_270m,
+}
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("which", nargs="+", choices=["twins", "gemma3_270m"])
+    parser.add_argument("which", nargs="+", choices=list(MAKERS))
     for which in parser.parse_args().which:
-        {"twins": make_twins, "gemma3_270m": make_gemma3_270m}[which]()
+        MAKERS[which]()

@@ -42,7 +42,7 @@ _FOUR_NORMS = {
 }
 # Where the decoder lies: alone, without its head, and inside the multimodal model as
 # published and as transformers 5 saves it. The first that matches is the one.
-_PREFIXES = (
+PREFIXES = (
     "model.",
     "language_model.model.",
     "model.language_model.",
@@ -181,7 +181,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         return names
 
     def _find_prefix(self):
-        for prefix in _PREFIXES:
+        for prefix in PREFIXES:
             if f"{prefix}embed_tokens.weight" in self._owners:
                 return prefix
         raise CheckpointError(
