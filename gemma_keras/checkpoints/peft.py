@@ -370,8 +370,8 @@ class _Reader:
             raise CheckpointError(f"{self.file.path}: holds no low-rank factors.")
         if EMBEDDING in found and self.described.get("ensure_weight_tying"):
             raise CheckpointError(
-                f"{self.where}: ensure_weight_tying gives the embedding's update to the "
-                "output head too, which is not supported."
+                f"{self.where}: ensure_weight_tying gives the output head an update, "
+                "which is not supported."
             )
         return found, table
 

@@ -1,4 +1,4 @@
-"""The README does what it says: its Python and its cheap commands are run."""
+"""The documents do what they say: their Python and their cheap commands are run."""
 
 import os
 import pathlib
@@ -6,16 +6,23 @@ import re
 import subprocess
 import sys
 
-README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
 
 
-def blocks(language):
-    text = README.read_text()
+def blocks(language, document=README):
+    text = document.read_text()
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_the_quick_start_runs(tmp_path):
-    program = "\n".join(blocks("python"))
+@pytest.mark.parametrize(
+    ("document", "made"),
+    [("README.md", "my_gemma/config.json"), ("docs/lora.md", "my_adapter/README.md")],
+)
+def test_the_python_runs(tmp_path, document, made):
+    program = "\n".join(blocks("python", ROOT / document))
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", program],
         cwd=tmp_path,
@@ -24,7 +31,7 @@ def test_the_quick_start_runs(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "my_gemma" / "config.json").is_file()
+    assert (tmp_path / made).is_file()
 
 
 def test_the_commands_run(tmp_path):
