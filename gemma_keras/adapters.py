@@ -63,18 +63,27 @@ class Adapters:
         self.check_unmerged("Adding an adapter")
         self._check_new(name)
         self._check_config(config)
+        self._add_to_layers(name, config, values)
         if self._trainable is None:
             self._freeze()
         if config.dropout and self._backbone.seed_generator is None:
             self._backbone.make_seed_generator()
-        for path, layer in self._layers.items():
-            if config.adapts(path):
-                layer.add_adapter(
-                    name, config, None if values is None else values[path]
-                )
         self.configs[name] = config
         self._version += 1
         self.activate(name)
+
+    def _add_to_layers(self, name, config, values):
+        added = []
+        try:
+            for path, layer in self._layers.items():
+                if config.adapts(path):
+                    layer.add_adapter(name, config, values and values[path])
+                    added.append(layer)
+        except BaseException:
+            # Memory may have run out.
+            for layer in added:
+                layer.remove_adapter(name)
+            raise
 
     def _check_new(self, name):
         if not isinstance(name, str) or not _NAME.fullmatch(name):

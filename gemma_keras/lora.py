@@ -68,6 +68,9 @@ class Adapted:
     A mixin for Keras layers, which call `_prepare_adapters` in their constructor.
     """
 
+    # The factor that begins as zeros, so that a new adapter changes nothing.
+    zero_factor = "lora_b"
+
     def _prepare_adapters(self):
         self.adapters = {}
         self._active = ()
@@ -213,6 +216,11 @@ class Adapted:
         """Make `merge` final."""
         self._base = None
 
+    def _own_weights(self):
+        """The weights that are no factors."""
+        factors = [x for f in self.adapters.values() for x in f.variables.values()]
+        return [v for v in self.weights if not any(v is x for x in factors)]
+
     def _stored_factors(self):
         """Adapter to its variables by their keys in a file."""
         return {
@@ -248,7 +256,8 @@ class Adapted:
                 continue
             # One factor alone is zero: without either, nothing could be learned.
             factors = self.adapters[name]
-            factors.b.assign(ops.zeros(factors.b.shape, dtype="float32"))
+            zero = factors.variables[self.zero_factor]
+            zero.assign(ops.zeros(zero.shape, dtype="float32"))
             if factors.magnitude is not None:
                 self.reset_magnitude(name)
 

@@ -70,11 +70,6 @@ class Projection(Adapted, keras.layers.Dense):
             variable.assign(store[variable.name])
         self._load_factors(store)
 
-    def _own_weights(self):
-        """The weights that are no factors."""
-        factors = [x for f in self.adapters.values() for x in f.variables.values()]
-        return [v for v in self.weights if not any(v is x for x in factors)]
-
 
 class TokenEmbedding(Adapted, keras.layers.ReversibleEmbedding):
     """Rows for tokens [V, D], which are the output head as well, and their updates.
@@ -82,6 +77,8 @@ class TokenEmbedding(Adapted, keras.layers.ReversibleEmbedding):
     An update is added to the rows that are looked up, and not to the head: so PEFT
     does it where the two are tied.
     """
+
+    zero_factor = "lora_a"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -93,8 +90,7 @@ class TokenEmbedding(Adapted, keras.layers.ReversibleEmbedding):
         return self._embeddings
 
     def _starts(self, config, rank):
-        # As PEFT: a row of B for each token would begin as zeros just as well, but A
-        # is what is looked up.
+        # As PEFT, whatever `init` is.
         return {"lora_b": keras.initializers.RandomNormal(stddev=1.0)}
 
     def lookup(self, token_ids):
@@ -118,9 +114,20 @@ class TokenEmbedding(Adapted, keras.layers.ReversibleEmbedding):
     def load_own_variables(self, store):
         factors = {key for key in store.keys() if "lora_" in key}  # noqa: SIM118
         self._check_factors(factors)
-        rest = {key: store[key] for key in store.keys() if key not in factors}  # noqa: SIM118
-        super().load_own_variables(rest)
+        super().load_own_variables(store)
         self._load_factors(store)
+
+    def _check_load_own_variables(self, store):
+        # Keras expects each weight there, by number; the factors have names, and may
+        # be missing.
+        found = [key for key in store.keys() if "lora_" not in key]  # noqa: SIM118
+        own = self._own_weights()
+        if len(found) != len(own):
+            names = ", ".join(variable.name for variable in own)
+            raise ValueError(
+                f"The file holds {len(found)} weights for {self.path}, which has "
+                f"{names}. {HINT}"
+            )
 
 
 def adapted_layers(backbone):

@@ -51,7 +51,7 @@ _UNSUPPORTED = (
     "velora_config"
 ).split()
 # Starts that leave the model's own weights as they are.
-_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "default")
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CARD = """\
 ---
 library_name: peft

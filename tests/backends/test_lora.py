@@ -215,6 +215,35 @@ def test_the_embeddings_update_is_no_heads(new_lm):
     np.testing.assert_array_equal(again, head)
 
 
+def test_weights_without_an_adapter_leave_one_that_can_learn(new_lm, tmp_path):
+    lm = new_lm()
+    lm.save_weights(tmp_path / "plain.weights.h5")
+    expected = logits(lm)
+    lm.enable_lora(2, targets=["token_embedding", "query"], dora=True)
+    shake(lm)
+    lm.load_weights(tmp_path / "plain.weights.h5")
+    np.testing.assert_allclose(logits(lm), expected, atol=2e-5)
+    for layer in lm.backbone.adapters.layers("default").values():
+        factors = layer.adapters["default"]
+        assert numpy(factors.a).any() != numpy(factors.b).any()
+
+
+def test_a_directory_that_does_not_fit_changes_nothing(two, new_lm, tmp_path):
+    two.save_adapter(tmp_path / "two")
+    lm = new_lm()
+    lm.load_adapter(tmp_path / "two", name="mine")
+    np.testing.assert_array_equal(logits(lm), logits(two))
+    state, before = lm.backbone.adapters.state, logits(lm)
+    with pytest.raises(ValueError, match="already has LoRA"):
+        lm.load_adapter(tmp_path / "two", name="mine")
+    file = tmp_path / "two" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors.*cut short"):
+        lm.load_adapter(tmp_path / "two", name="other")
+    assert lm.backbone.adapters.state == state
+    np.testing.assert_array_equal(logits(lm), before)
+
+
 # Dropout
 
 
@@ -503,12 +532,14 @@ def test_files_of_a_merged_model_hold_it_unmerged(new_lm, two, tmp_path):
 
 
 def test_several_adapters_survive_a_keras_file(two, tmp_path):
-    two.set_adapter(["one", "two"])
+    two.enable_lora(2, name="three", targets="token_embedding")
+    shake(two, "three", 3)
+    two.set_adapter(["one", "three"])
     expected = logits(two)
     two.save(tmp_path / "two.keras")
     again = keras.models.load_model(tmp_path / "two.keras")
     assert again.adapters == two.adapters
-    assert again.active_adapters == ("one", "two")
+    assert again.active_adapters == ("one", "three")
     np.testing.assert_array_equal(logits(again), expected)
     clone = GemmaBackbone.from_config(two.backbone.get_config())
     assert [v.path for v in clone.variables] == [v.path for v in two.backbone.variables]
