@@ -154,6 +154,7 @@ def make_adapters():
             folder, attn_implementation="eager"
         )
         model.name_or_path = model.config._name_or_path = ""
+        torch.manual_seed(seed)
         config = peft.LoraConfig(
             r=3,
             lora_alpha=4,
@@ -169,7 +170,7 @@ def make_adapters():
                 if "magnitude" in path:
                     weight.mul_(1 + 0.3 * noise)
                 elif "lora_" in path:
-                    weight.copy_(0.2 * noise)
+                    weight.copy_(0.1 * noise)
         shutil.rmtree(folder / "adapter", ignore_errors=True)
         model.save_pretrained(folder / "adapter")
         (folder / "adapter" / "README.md").unlink()

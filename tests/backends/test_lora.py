@@ -289,7 +289,7 @@ def test_dropout_keeps_the_mean_and_is_another_in_each_layer(new_lm):
 def fitted(new_lm, remat=False, **options):
     keras.utils.set_random_seed(11)
     lm = new_lm()
-    lm.enable_lora(2, dropout=0.3, targets="all-linear")
+    lm.enable_lora(2, dropout=0.3, targets=["query", "ffw_linear"])
     jit = False if keras.backend.backend() == "tensorflow" else "auto"
     lm.compile(optimizer=keras.optimizers.Adam(0.02), jit_compile=jit, remat=remat)
     history = lm.fit(TEXTS, batch_size=2, shuffle=False, verbose=0, **options).history
@@ -299,8 +299,8 @@ def fitted(new_lm, remat=False, **options):
 def test_training_with_dropout_is_repeated_and_resumed(new_lm, tmp_path):
     _, losses = fitted(new_lm, epochs=3)
     assert losses[-1] < losses[0]
-    assert fitted(new_lm, epochs=3)[1] == losses
-    half, _ = fitted(new_lm, epochs=2)
+    half, repeated = fitted(new_lm, epochs=2)
+    assert repeated == losses[:2]
     half.save(tmp_path / "half.keras")
     resumed = keras.models.load_model(tmp_path / "half.keras")
     history = resumed.fit(TEXTS, batch_size=2, shuffle=False, verbose=0).history
@@ -311,6 +311,7 @@ def test_training_with_dropout_is_repeated_and_resumed(new_lm, tmp_path):
 def test_blocks_that_are_computed_twice_drop_the_same(new_lm):
     _, kept = fitted(new_lm, epochs=2)
     _, again = fitted(new_lm, epochs=2, remat=True)
+    # A second mask in the backward pass would show in the second loss.
     assert again == pytest.approx(kept, rel=1e-5)
 
 

@@ -19,7 +19,9 @@ pytestmark = [
 ]
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
-# Sums of some hundred products of order one, in another order: a few 1e-6.
+# Sums of some hundred products of order one, in another order: a few 1e-6, which is
+# also how far PEFT is from itself in float64. Larger updates than below, and Gemma 1,
+# which has no norms after its branches, would make more of it.
 TOLERANCE = 1e-5
 CASES = {
     "plain": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"]},
@@ -86,6 +88,7 @@ def random_adapter(model, settings):
     import peft
     import torch
 
+    torch.manual_seed(0)  # DoRA's magnitudes are those of what PEFT begins with
     config = peft.LoraConfig(**settings, init_lora_weights=False, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, config).eval()
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +98,7 @@ def random_adapter(model, settings):
             if "magnitude" in name:
                 weight.mul_(1 + 0.3 * noise)
             elif "lora_" in name:
-                weight.copy_(0.2 * noise)
+                weight.copy_(0.1 * noise)
     return adapted
 
 
@@ -143,7 +146,7 @@ def shake(lm):
         if "magnitude" in variable.path:
             variable.assign(ops.convert_to_numpy(variable) * (1 + 0.3 * noise))
         else:
-            variable.assign(0.2 * noise)
+            variable.assign(0.1 * noise)
 
 
 def in_peft(model, folder):
