@@ -31,7 +31,7 @@ class Adapters:
         self._backbone = backbone
         self._layers = adapted_layers(backbone)
         self.configs, self.active, self.merged = {}, (), False
-        self._trainable = None
+        self._trained = None
         self._version = 0
 
     @property
@@ -63,9 +63,9 @@ class Adapters:
         self.check_unmerged("Adding an adapter")
         self._check_new(name)
         self._check_config(config)
-        self._add_to_layers(name, config, values)
-        if self._trainable is None:
+        if self._trained is None:
             self._freeze()
+        self._add_to_layers(name, config, values)
         if config.dropout and self._backbone.seed_generator is None:
             self._backbone.make_seed_generator()
         self.configs[name] = config
@@ -83,6 +83,8 @@ class Adapters:
             # Memory may have run out.
             for layer in added:
                 layer.remove_adapter(name)
+            if not self.configs:
+                self._unfreeze()
             raise
 
     def _check_new(self, name):
@@ -117,14 +119,21 @@ class Adapters:
 
     def _freeze(self):
         # Leaf by leaf: a frozen parent would freeze the factors too.
-        leaves = [
-            layer
+        self._trained = [
+            (layer, [v for v in layer.variables if v.trainable])
             for layer in self._backbone._flatten_layers(include_self=False)
-            if not layer._layers
+            if not layer._layers and layer.trainable
         ]
-        self._trainable = [(layer, layer.trainable) for layer in leaves]
-        for layer in leaves:
+        for layer, _ in self._trained:
             layer.trainable = False
+
+    def _unfreeze(self):
+        for layer, variables in self._trained:
+            layer.trainable = True
+            # TensorFlow passes over what the layer is already.
+            for variable in variables:
+                variable.trainable = True
+        self._trained = None
 
     def remove(self, name):
         """Delete an adapter; without any, the model trains as it did before."""
@@ -135,9 +144,7 @@ class Adapters:
         self._version += 1
         self.activate([n for n in self.active if n != name])
         if not self.configs:
-            for layer, trainable in self._trainable:
-                layer.trainable = trainable
-            self._trainable = None
+            self._unfreeze()
 
     def activate(self, names):
         """Use these adapters: a name, several, or None for the model alone."""

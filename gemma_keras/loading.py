@@ -123,7 +123,7 @@ def weight_reader(backbone):
     if left_out:
         warnings.warn(
             f"Adapters that are not in use are left out: {', '.join(left_out)}.",
-            stacklevel=3,
+            stacklevel=4,
         )
     layers = adapted_layers(backbone)
     variables = {variable.path: variable for variable in backbone.variables}

@@ -2,11 +2,10 @@
 
 from gemma_keras import loading
 from gemma_keras.checkpoints.contents import Contents
-from gemma_keras.lora import lora_config
 
 
 def model_contents(lm, progress=None):
-    """The `Contents` of a `GemmaCausalLM`, low-rank updates merged into the kernels."""
+    """The `Contents` of a `GemmaCausalLM`, the adapters in use merged in."""
     preprocessor, backbone = lm.preprocessor, lm.backbone
     settings = {} if preprocessor is None else preprocessor.get_config()
     settings.pop("tokenizer", None)
@@ -23,12 +22,14 @@ def model_contents(lm, progress=None):
 
 def _changes(lm):
     """What is known to have happened to the weights, a sentence each."""
-    adapted = lora_config(lm.backbone)
-    if adapted is not None:
-        names = ", ".join(adapted["target_layer_names"])
+    adapters = lm.backbone.adapters
+    for name in adapters.active:
+        lora = adapters.configs[name]
+        alpha = lora.alpha_of(next(iter(adapters.layers(name))))
+        kind = "DoRA" if lora.dora else "LoRA"
         yield (
-            f"Low-rank updates (LoRA, rank {adapted['rank']}, alpha "
-            f"{adapted['alpha']:g}) of {names} were merged into the weights."
+            f"Low-rank updates ({kind}, rank {lora.rank}, alpha {alpha:g}) of "
+            f"{', '.join(lora.targets)} were merged into the weights."
         )
     optimizer = getattr(lm, "optimizer", None)
     steps = 0 if optimizer is None else int(optimizer.iterations.numpy())

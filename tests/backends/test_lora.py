@@ -286,33 +286,38 @@ def test_dropout_keeps_the_mean_and_is_another_in_each_layer(new_lm):
     assert (seen[0] != seen[1]).any()
 
 
-def fitted(new_lm, remat=False, **options):
-    keras.utils.set_random_seed(11)
+def losses(lm, epochs):
+    options = {"batch_size": 2, "shuffle": False, "verbose": 0}
+    return lm.fit(TEXTS, epochs=epochs, **options).history["loss"]
+
+
+def with_dropout(new_lm, **options):
     lm = new_lm()
     lm.enable_lora(2, dropout=0.3, targets=["query", "ffw_linear"])
-    jit = False if keras.backend.backend() == "tensorflow" else "auto"
-    lm.compile(optimizer=keras.optimizers.Adam(0.02), jit_compile=jit, remat=remat)
-    history = lm.fit(TEXTS, batch_size=2, shuffle=False, verbose=0, **options).history
-    return lm, history["loss"]
+    if keras.backend.backend() == "tensorflow":
+        # XLA would spend ten seconds on each of these.
+        options = {"jit_compile": False, **options}
+    lm.compile(optimizer=keras.optimizers.Adam(0.02), **options)
+    return lm
 
 
-def test_training_with_dropout_is_repeated_and_resumed(new_lm, tmp_path):
-    _, losses = fitted(new_lm, epochs=3)
-    assert losses[-1] < losses[0]
-    half, repeated = fitted(new_lm, epochs=2)
-    assert repeated == losses[:2]
-    half.save(tmp_path / "half.keras")
+def test_training_with_dropout_is_resumed_as_it_would_have_gone_on(new_lm, tmp_path):
+    lm = with_dropout(new_lm)
+    first = losses(lm, 1)
+    lm.save(tmp_path / "half.keras")
+    expected = losses(lm, 2)
+    assert expected[-1] < first[0]
     resumed = keras.models.load_model(tmp_path / "half.keras")
-    history = resumed.fit(TEXTS, batch_size=2, shuffle=False, verbose=0).history
     # All of the state came along, the noise's too.
-    assert history["loss"][0] == pytest.approx(losses[2], rel=1e-6)
+    assert losses(resumed, 2) == pytest.approx(expected, rel=1e-6)
 
 
-def test_blocks_that_are_computed_twice_drop_the_same(new_lm):
-    _, kept = fitted(new_lm, epochs=2)
-    _, again = fitted(new_lm, epochs=2, remat=True)
+def test_blocks_that_are_computed_twice_drop_the_same(new_lm, backend):
+    eager = {"run_eagerly": True} if backend == "tensorflow" else {}
+    expected = losses(with_dropout(new_lm, **eager), 2)
+    found = losses(with_dropout(new_lm, remat=True, **eager), 2)
     # A second mask in the backward pass would show in the second loss.
-    assert again == pytest.approx(kept, rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 # Several adapters
@@ -381,26 +386,16 @@ def test_generation_follows_the_adapter_in_use(two):
         settings = {"max_new_tokens": 4, "stop_token_ids": (), "return_log_probs": True}
         return np.array(two.generate("The cat", **settings).log_probs)
 
-    def same(name):
-        return np.allclose(answer(), answers[name], atol=1e-4)
-
-    answers = {}
-    for name in ("one", "two", None):
-        two.set_adapter(name)
-        answers[name] = answer()
-    first, second, plain = answers.values()
-    for pair in ((first, second), (first, plain), (second, plain)):
-        assert np.abs(pair[0] - pair[1]).max() > 0.01
-    two.set_adapter("one")
-    assert same("one")
+    first = answer()
     with two.disable_adapter():
-        assert same(None)
+        plain = answer()
+    assert np.abs(first - plain).max() > 0.01
+    np.testing.assert_array_equal(answer(), first)
     two.merge_adapter()
-    assert same("one")
+    np.testing.assert_allclose(answer(), first, atol=1e-4)
     two.unmerge_adapter()
-    two.delete_adapter("one")
-    two.enable_lora(2, name="one")
-    assert same(None)
+    two.set_adapter(None)
+    np.testing.assert_array_equal(answer(), plain)
 
 
 def test_evaluate_follows_the_adapter_in_use(two):
