@@ -28,6 +28,7 @@ from gemma_keras import backend
 from gemma_keras import cache as kv_cache
 from gemma_keras.adapters import Adaptable
 from gemma_keras.config import GemmaConfig
+from gemma_keras.distribution import layout_map
 from gemma_keras.geglu import geglu
 from gemma_keras.projection import Projection, TokenEmbedding
 
@@ -407,6 +408,8 @@ class GemmaBackbone(Adaptable, keras.Model):
             same = segments[:, :, None] == segments[:, None, :]
             masks = {k: ops.logical_and(mask, same) for k, mask in masks.items()}
         return positions, masks, None
+
+    get_layout_map = staticmethod(layout_map)
 
     @classmethod
     def from_preset(cls, source, dtype="auto", load_weights=True):

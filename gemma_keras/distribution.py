@@ -1,0 +1,53 @@
+"""How the weights of a Gemma are laid out over several devices (JAX).
+
+Megatron's plan (Shoeybi et al. 2019, arXiv:1909.08053): projections into a block are
+divided by their outputs, those out of it by their inputs, so that a block needs one sum
+over the devices after attention and one after the feed-forward. Along the data axis
+every weight is divided too, as ZeRO does, and gathered where it is used.
+"""
+
+import keras
+
+INTO = "query|key|value|ffw_gating|ffw_gating_2"
+OUT_OF = "attention_output|ffw_linear"
+
+
+def layout_map(
+    device_mesh,
+    model_parallel_dim_name="model",
+    data_parallel_dim_name="batch",
+    config=None,
+):
+    """A `keras.distribution.LayoutMap` for every weight and low-rank factor.
+
+    Args:
+        device_mesh: a `keras.distribution.DeviceMesh`.
+        model_parallel_dim_name: the mesh's axis over which products are divided.
+        data_parallel_dim_name: the axis over which a batch is divided.
+        config: a `GemmaConfig`; with it, keys and values are whole on each device if
+            their heads cannot be divided among them, as the one head of Gemma 2B.
+
+    Raises:
+        ValueError: the mesh has no such axis.
+    """
+    model_dim, data_dim = model_parallel_dim_name, data_parallel_dim_name
+    axes = dict(zip(device_mesh.axis_names, device_mesh.shape, strict=True))
+    for name in (model_dim, data_dim):
+        if name not in axes:
+            raise ValueError(
+                f"The device mesh has no axis {name!r}; it has {sorted(axes)}. Name "
+                "the axes of your mesh in the call."
+            )
+    layouts = keras.distribution.LayoutMap(device_mesh)
+    layouts["token_embedding/embeddings"] = (model_dim, data_dim)
+    if config is not None and config.num_kv_heads % axes[model_dim]:
+        # A head cut in pieces would need a sum for every score.
+        layouts[r".*/(query|ffw_gating|ffw_gating_2)/kernel"] = (data_dim, model_dim)
+        layouts[r".*/(key|value)/kernel"] = (data_dim, None)
+        layouts[r".*/(query|ffw_gating|ffw_gating_2)/lora_b"] = (None, model_dim)
+    else:
+        layouts[rf".*/({INTO})/kernel"] = (data_dim, model_dim)
+        layouts[rf".*/({INTO})/lora_b"] = (None, model_dim)
+    layouts[rf".*/({OUT_OF})/kernel"] = (model_dim, data_dim)
+    layouts[rf".*/({OUT_OF})/lora_a"] = (model_dim, None)
+    return layouts
