@@ -89,7 +89,7 @@ def found():
     environment = dict(os.environ, KERAS_BACKEND="jax")
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-P", "-c", PROGRAM],
         capture_output=True,
         text=True,
         env=environment,
