@@ -10,7 +10,7 @@ from keras import ops
 
 from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig
 from gemma_keras.checkpoints import WRITERS, open_checkpoint
-from gemma_keras.lora import projections
+from gemma_keras.projection import adapted_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*KerasHub:UserWarning")
 
@@ -76,7 +76,8 @@ def build(config, dtype="float32", lora=False):
 
     lm = GemmaCausalLM(GemmaBackbone(config, init=init, dtype=dtype))
     if lora:
-        names = sorted({layer.name for layer in projections(lm.backbone)})
+        layers = adapted_layers(lm.backbone).values()
+        names = sorted({layer.name for layer in layers} - {"token_embedding"})
         lm.backbone.enable_lora(3, target_layer_names=names, alpha=5)
         random = np.random.default_rng(5)
         for variable in lm.trainable_variables:
@@ -86,16 +87,13 @@ def build(config, dtype="float32", lora=False):
 
 def held(lm):
     """Path to numpy array of every weight, low-rank updates merged by numpy."""
-    arrays = {}
+    arrays, factors = {}, {}
     for variable in lm.backbone.variables:
-        if "/lora_" not in variable.path:
-            arrays[variable.path] = ops.convert_to_numpy(variable)
-    for layer in projections(lm.backbone):
-        if layer.lora_a is not None:
-            a, b = map(ops.convert_to_numpy, (layer.lora_a, layer.lora_b))
-            merged = arrays[f"{layer.path}/kernel"].astype("float64")
-            merged += 5 / 3 * a.astype("float64") @ b
-            arrays[f"{layer.path}/kernel"] = merged
+        kind = factors if "/lora_" in variable.path else arrays
+        kind[variable.path] = ops.convert_to_numpy(variable)
+    for path in [path for path in arrays if f"{path[:-6]}lora_a" in factors]:
+        a, b = factors[f"{path[:-6]}lora_a"], factors[f"{path[:-6]}lora_b"]
+        arrays[path] = arrays[path].astype("float64") + 5 / 3 * a.astype("float64") @ b
     return arrays
 
 
