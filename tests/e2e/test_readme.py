@@ -19,7 +19,11 @@ def blocks(language, document=README):
 
 @pytest.mark.parametrize(
     ("document", "made"),
-    [("README.md", "my_gemma/config.json"), ("docs/lora.md", "my_adapter/README.md")],
+    [
+        ("README.md", "my_gemma/config.json"),
+        ("docs/lora.md", "my_adapter/README.md"),
+        ("docs/training.md", "taught/adapter_config.json"),
+    ],
 )
 def test_the_python_runs(tmp_path, document, made):
     program = "\n".join(blocks("python", ROOT / document))
