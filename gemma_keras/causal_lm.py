@@ -1,5 +1,7 @@
 """`GemmaCausalLM`: text in, text out, and `fit()` on text."""
 
+import pathlib
+
 import keras
 from keras import ops
 
@@ -128,7 +130,8 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             format: `"hf"` (Hugging Face: transformers, vLLM and others), `"gguf"`
                 (llama.cpp and others) or `"keras"` (KerasHub); or one of Keras' own,
                 such as `"tf_saved_model"` and `"onnx"`, which `keras.Model.export`
-                writes.
+                writes. `"peft"` writes the adapter in use alone, as `save_adapter`,
+                whose options it takes.
             **options: of the first three: `dtype` to store the weights in,
                 `max_shard_size` in bytes, `overwrite` to replace an earlier export,
                 `licence` if the weights are not under Gemma's terms, and `progress`,
@@ -141,13 +144,17 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             ValueError: the format cannot hold this model, or the place is taken;
                 nothing is written then.
         """
+        if format == "peft":
+            options.setdefault("base_model", self.provenance.base_model)
+            self.save_adapter(filepath, **options)
+            return pathlib.Path(filepath)
         if format not in exporting.FORMATS:
             try:
                 return super().export(filepath, format=format, **options)
             except ValueError as error:
                 if not str(error).startswith("Unrecognized format"):
                     raise
-                known = ", ".join(exporting.FORMATS)
+                known = ", ".join([*exporting.FORMATS, "peft"])
                 raise ValueError(
                     f"{error} And those of gemma_keras: {known}."
                 ) from None

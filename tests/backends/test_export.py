@@ -160,6 +160,19 @@ def test_the_tokenizer_goes_along_and_the_origin_is_kept(new_lm, tmp_path):
     assert third.provenance.licence == "apache-2.0"
 
 
+def test_an_adapter_alone_is_what_save_adapter_writes(tmp_path):
+    lm, other = (build(CONFIGS["gemma"], lora=lora) for lora in (True, False))
+    assert lm.export(tmp_path / "a", format="peft") == tmp_path / "a"
+    lm.save_adapter(tmp_path / "b")
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(names)
+    for name in names:
+        same = (tmp_path / "b" / name).read_bytes()
+        assert (tmp_path / "a" / name).read_bytes() == same
+    with pytest.raises(ValueError):
+        other.export(tmp_path / "c", format="peft")
+
+
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`:UserWarning")
 def test_a_model_that_is_quantised_is_not_exported(new_lm, tmp_path):
     lm = new_lm()
@@ -170,7 +183,7 @@ def test_a_model_that_is_quantised_is_not_exported(new_lm, tmp_path):
 
 
 def test_an_unknown_format_is_refused_with_all_names(lm, tmp_path):
-    with pytest.raises(ValueError, match=r"tf_saved_model.*hf, keras, gguf"):
+    with pytest.raises(ValueError, match=r"tf_saved_model.*hf, keras, gguf, peft"):
         lm.export(tmp_path / "m", format="pickle")
 
 
