@@ -5,6 +5,12 @@ The only module that knows which backend runs, and the only one that imports it.
 
 import contextlib
 import contextvars
+import importlib.metadata
+import pathlib
+import random
+import re
+import resource
+import sys
 
 import keras
 import numpy as np
@@ -406,3 +412,90 @@ class Program:
 
 def _array_to_torch(x):
     return ops.convert_to_tensor(x) if isinstance(x, np.ndarray) else x
+
+
+def sync_training(model):
+    """Brings to the model's variables what `fit` has changed so far.
+
+    JAX keeps the state of training outside of them until an epoch ends.
+    """
+    if NAME == "jax":
+        model.jax_state_sync()
+
+
+def set_seed(seed):
+    """Seeds what initial weights and random operations are drawn with."""
+    # keras.utils.set_random_seed would import every backend that is installed.
+    random.seed(seed)
+    np.random.seed(seed)
+    if NAME == "torch":
+        torch.manual_seed(seed)
+    elif NAME == "tensorflow":
+        tf.random.set_seed(seed)
+
+
+def random_state():
+    """State of the backend's own generator, uint8 [n]; None where it has none.
+
+    JAX has none, and Keras keeps TensorFlow's seeds in variables.
+    """
+    if NAME != "torch":
+        return None
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states.append(torch.cuda.get_rng_state())
+    return np.concatenate([state.numpy() for state in states])
+
+
+def set_random_state(state):
+    """Sets what `random_state` gave, on the same kind of device; else nothing."""
+    if NAME != "torch":
+        return
+    host = len(torch.get_rng_state())
+    torch.set_rng_state(torch.from_numpy(state[:host].copy()))
+    if len(state) > host and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.from_numpy(state[host:].copy()))
+
+
+def peak_memory():
+    """Most bytes that were in use at once: the device's, or the process' on a CPU."""
+    if NAME == "jax":
+        used = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in used:
+            return used["peak_bytes_in_use"]
+    elif NAME == "torch":
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+    elif tf.config.list_logical_devices("GPU"):
+        return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    return _peak_of_process()
+
+
+def _peak_of_process():
+    # Not ru_maxrss where it can be helped: it begins with the parent's.
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return 1024 * int(found[1])
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def description():
+    """Name to version of the backend, and the device that it computes on."""
+    package = "tensorflow" if NAME == "tensorflow" else NAME
+    if NAME == "jax":
+        device = jax.devices()[0].device_kind
+    elif NAME == "torch":
+        there = torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if there else str(torch_device())
+    else:
+        gpus = tf.config.list_physical_devices("GPU")
+        details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
+        device = details.get("device_name", "cpu")
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        version = sys.modules[NAME].__version__
+    return {NAME: version, "device": device}

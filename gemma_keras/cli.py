@@ -20,7 +20,14 @@ from typing import Annotated
 import typer
 
 import gemma_keras
-from gemma_keras import checkpoints, cli_convert, cli_data, registry
+from gemma_keras import (
+    checkpoints,
+    cli_convert,
+    cli_data,
+    cli_eval,
+    cli_sft,
+    registry,
+)
 from gemma_keras.cli_base import (
     BackendOption,
     Json,
@@ -291,6 +298,8 @@ def presets(as_json: Json = False):
     say("models are under the Gemma Terms of Use: https://ai.google.dev/gemma/terms")
 
 
+command(cli_sft.EXAMPLE)(cli_sft.sft)
+command(cli_eval.EXAMPLE)(cli_eval.eval)
 command(cli_convert.EXAMPLE)(cli_convert.convert)
 
 

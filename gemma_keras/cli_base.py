@@ -5,6 +5,7 @@ import enum
 import functools
 import inspect
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -73,13 +74,21 @@ class Model:
     dtype: Annotated[
         Dtype, option("How to hold the weights; as they are stored by default.")
     ] = Dtype.AUTO
+    adapter: Annotated[
+        pathlib.Path | None,
+        option("Directory of an adapter, as PEFT or `gemma-keras sft` writes it."),
+    ] = None
 
     def load(self):
         """The `GemmaCausalLM`, with progress on stderr."""
         with loading(self.source) as progress:
-            return gemma_keras.GemmaCausalLM.from_preset(
+            lm = gemma_keras.GemmaCausalLM.from_preset(
                 self.source, dtype=self.dtype.value, progress=progress
             )
+        if self.adapter is not None:
+            lm.load_adapter(self.adapter)
+            lm.merge_adapter(discard=True)
+        return lm
 
 
 def read_signature(function):

@@ -20,6 +20,8 @@ def is_raw(x):
         # Text in numpy is object, str or bytes; in TensorFlow it is string.
         return getattr(x.dtype, "kind", "") in "OSU" or x.dtype == "string"
     if isinstance(x, list | tuple) and x:
+        if isinstance(x[0], dict) and "token_ids" in x[0]:
+            return False  # a batch of arrays, with its targets
         chats = isinstance(x[0], list | tuple) and x[0] and isinstance(x[0][0], dict)
         return isinstance(x[0], str | bytes | dict | Example) or bool(chats)
     return False

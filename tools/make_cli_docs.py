@@ -1,16 +1,21 @@
-"""Writes docs/cli.md from the help texts of `gemma-keras`.
+"""Writes docs/cli.md from the help texts, and the options in docs/sft.md.
 
-python tools/make_cli_docs.py            writes the page
-python tools/make_cli_docs.py --check    exits with 1 if it is not what is there
+python tools/make_cli_docs.py            writes the pages
+python tools/make_cli_docs.py --check    exits with 1 if they are not what is there
 """
 
+import dataclasses
+import itertools
 import pathlib
 import sys
 
 import typer.testing
 
 from gemma_keras import cli
+from gemma_keras.sft import config
 
+SFT = pathlib.Path(__file__).resolve().parent.parent / "docs" / "sft.md"
+BEGIN, END = "<!-- options -->\n", "<!-- end of options -->\n"
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 INTRODUCTION = """\
 # The command `gemma-keras`
@@ -54,16 +59,57 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def options() -> str:
+    """Tables of the fields of `RunConfig`."""
+    fields = dataclasses.fields(config.RunConfig)
+    parts = []
+    for group, each in itertools.groupby(fields, lambda f: f.metadata["group"]):
+        rows = [
+            "| option | default | allowed | what it is |",
+            "| --- | --- | --- | --- |",
+        ]
+        rows += [f"| {' | '.join(cells(field))} |" for field in each]
+        parts.append(f"**{group}**\n\n" + "\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def cells(field) -> tuple[str, ...]:
+    """What the table says of one field."""
+    wanted, many, _ = config.kind(field)
+    default = field.default
+    if default in (None, dataclasses.MISSING):
+        default = ""
+    default = str(default).lower() if isinstance(default, bool) else str(default)
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+    allowed = config.allowed_range(field)
+    if not field.metadata["choices"]:
+        allowed = f"{names[wanted]} {allowed}".strip() + ", or several" * many
+    return (
+        f"`{field.name}`",
+        default and f"`{default}`",
+        allowed,
+        field.metadata["help"],
+    )
+
+
+def sft_page() -> str:
+    """docs/sft.md with the options as they are."""
+    before, _, rest = SFT.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{options()}\n{END}{after}"
+
+
 def main() -> int:
-    """Writes the page, or checks it."""
+    """Writes the pages, or checks them."""
+    pages = {PAGE: page(), SFT: sft_page()}
     if sys.argv[1:] == ["--check"]:
-        if PAGE.is_file() and PAGE.read_text() == page():
-            print(f"{PAGE.name} is up to date.")
-            return 0
-        print(f"{PAGE.name} is not: run python tools/make_cli_docs.py")
-        return 1
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page())
+        old = [p.name for p, text in pages.items() if p.read_text() != text]
+        print(
+            f"{', '.join(old)}: run python tools/make_cli_docs.py" if old else "Fine."
+        )
+        return len(old) > 0
+    for path, text in pages.items():
+        path.write_text(text)
     return 0
 
 

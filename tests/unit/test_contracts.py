@@ -52,7 +52,9 @@ OVERRIDES = {
     "finalize_variable_values",
     *("save_own_variables", "load_own_variables"),
     *("on_train_begin", "on_train_batch_end", "on_train_end"),
-    *("on_epoch_begin", "on_epoch_end"),
+    *("on_epoch_begin", "on_epoch_end", "on_train_batch_begin"),
+    # Of this package's StepCallback.
+    *("on_step_end", "get_state", "set_state", "close"),
     "num_batches",
 }
 
