@@ -88,7 +88,7 @@ class GGUFCheckpoint(Checkpoint):
         self._file = GGUFFile(path)
         try:
             self._fields = Fields(self._file.fields, path)
-            self.config = config or read_config(self._fields, self._vocab_size())
+            self.config = config or read_config(self._fields, self._vocab_size)
             self._names = self._match()
             self.dtype = dominant_dtype(
                 (

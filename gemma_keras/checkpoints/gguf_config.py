@@ -82,7 +82,8 @@ def read_config(fields, vocab_size):
 
     Args:
         fields: The `Fields` of the file.
-        vocab_size: Rows of its embedding.
+        vocab_size: Function that gives the rows of its embedding, asked once the
+            file is known to be a Gemma's.
 
     Raises:
         CheckpointError: it holds another model, or a part of one.
@@ -112,7 +113,7 @@ def read_config(fields, vocab_size):
         raise CheckpointError(
             f"{path}: keys and values of different sizes are not supported."
         )
-    found["vocab_size"] = vocab_size
+    found["vocab_size"] = vocab_size()
     found["query_pre_attn_scalar"] = found["head_dim"]
     if found["num_layers"] == _DEPTH_27B.get(arch) and heads > 0:
         found["query_pre_attn_scalar"] = width / heads
@@ -186,7 +187,7 @@ def config_fields(config):
         found |= _later_keys(config)
     found = {f"{arch}.{key}": value for key, value in found.items()}
     found = {"general.architecture": arch, **found}
-    read = read_config(Fields(found, "gguf"), config.vocab_size)
+    read = read_config(Fields(found, "gguf"), lambda: config.vocab_size)
     if wrong := config_differences(config, read):
         raise CheckpointError(
             f"A GGUF of the architecture {arch} cannot have {some(wrong)}."
