@@ -7,6 +7,7 @@ import collections
 import importlib.util
 import os
 import pathlib
+import signal
 import sys
 
 import pytest
@@ -17,6 +18,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# A shell starts what it sends to the background with Ctrl-C ignored, and everything that
+# this starts inherits that: tests that interrupt a command would wait forever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests make the same small models again and again: compile each program once, for this
 # run, for the commands that it starts, and for the next run. Apart for each process of
