@@ -136,7 +136,6 @@ def command(example, group=app):
             except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
                 raise
             except KeyboardInterrupt:
-                say("")
                 raise typer.Exit(130) from None
             except Exception as error:
                 if debug:

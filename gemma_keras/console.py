@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 
+SHOW_CURSOR = "\x1b[?25h"
 EXPECTED = (ImportError, LookupError, OSError, ValueError)
 
 

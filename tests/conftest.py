@@ -19,8 +19,8 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-# A shell starts what it sends to the background with Ctrl-C ignored, and everything that
-# this starts inherits that: tests that interrupt a command would wait forever.
+# A shell starts what it sends to the background with Ctrl-C ignored, and everything
+# that this starts inherits that: tests that interrupt a command would wait forever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests make the same small models again and again: compile each program once, for this
