@@ -414,6 +414,47 @@ def _array_to_torch(x):
     return ops.convert_to_tensor(x) if isinstance(x, np.ndarray) else x
 
 
+def compiled_step(step, fixed, shardings):
+    """A step of Keras' trainer on JAX, compiled, that passes by what it never changes.
+
+    Keras gives the program every variable and takes it back. A frozen weight whose
+    memory is not JAX's own cannot be given, and would be copied, model and all.
+
+    Args:
+        step: takes `(state, data)`, returns `(logs, state)`; a state is a tuple of
+            lists of arrays.
+        fixed: for each of these, the positions whose arrays stay as they are.
+        shardings: of a state, or None.
+    """
+
+    def part(state):
+        groups = list(zip(state, fixed, strict=True))
+        moving = [[v for i, v in enumerate(g) if i not in f] for g, f in groups]
+        return moving, [[g[i] for i in sorted(f)] for g, f in groups]
+
+    def join(moving, still):
+        state = []
+        for more, rest, places in zip(moving, still, fixed, strict=True):
+            turns = {True: iter(rest), False: iter(more)}
+            count = len(more) + len(rest)
+            state.append([next(turns[i in places]) for i in range(count)])
+        return tuple(state)
+
+    def run(moving, still, data):
+        logs, state = step(join(moving, still), data)
+        return logs, part(state)[0]
+
+    shardings = None if shardings is None else (None, part(shardings)[0])
+    program = jax.jit(run, donate_argnums=0, out_shardings=shardings)
+
+    def call(state, data):
+        moving, still = part(state)
+        logs, moving = program(moving, still, data)
+        return logs, join(moving, still)
+
+    return call
+
+
 def sync_training(model):
     """Brings to the model's variables what `fit` has changed so far.
 

@@ -16,7 +16,7 @@ import keras
 import ml_dtypes
 from keras import ops
 
-from gemma_keras import data, optimizers
+from gemma_keras import backend, data, optimizers
 from gemma_keras import loss as token_loss
 from gemma_keras.packing import EpochDataset
 
@@ -131,6 +131,34 @@ class TokenTrainer(keras.Model):
         if self._token_metrics is not None:
             results["perplexity"] = ops.exp(results["loss"])
         return results
+
+    def make_train_function(self, force=False):
+        """As Keras; on JAX, what is frozen is not passed around."""
+        if not self._compiles_for_jax():
+            super().make_train_function(force)
+        elif force or self.train_function is None:
+            self.train_function = self._compiled_for_jax(self.train_step)
+
+    def make_test_function(self, force=False):
+        """As Keras; on JAX, the weights are not passed around."""
+        if not self._compiles_for_jax():
+            super().make_test_function(force)
+        elif force or self.test_function is None:
+            self.test_function = self._compiled_for_jax(self.test_step)
+
+    def _compiles_for_jax(self):
+        return backend.NAME == "jax" and self.jit_compile and not self.run_eagerly
+
+    def _compiled_for_jax(self, step):
+        learns = step == self.train_step
+        frozen = {id(v) for v in self.backbone.weights if not (learns and v.trainable)}
+        groups = [self.trainable_variables, self.non_trainable_variables]
+        groups += [self.optimizer.variables] * learns + [self.metrics_variables]
+        fixed = [{i for i, v in enumerate(g) if id(v) in frozen} for g in groups]
+        shardings = None
+        if keras.distribution.distribution() is not None:
+            shardings = [[v.value.sharding for v in group] for group in groups]
+        return self._make_function(backend.compiled_step(step, fixed, shardings))
 
     def train_step(self, *args):
         """One batch, as Keras has it: `(data)`, or `(state, data)` on JAX."""

@@ -220,6 +220,7 @@ def test_stopped_and_killed_a_run_ends_as_if_it_had_not_been(random_preset, tmp_
     assert one == two
 
 
+@pytest.mark.reference
 def test_a_run_goes_on_on_another_backend(random_preset, tmp_path, backend):
     others = {"jax": "torch", "torch": "jax", "tensorflow": "torch"}
     if importlib.util.find_spec(others[backend]) is None:
