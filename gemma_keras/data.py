@@ -37,6 +37,14 @@ def is_dataset(x):
     return hasattr(x, "__iter__")
 
 
+def size(x):
+    """Batches of a dataset, or rows of arrays; -1 where nobody knows."""
+    if isinstance(x, keras.utils.PyDataset):
+        return -1 if x.num_batches is None else x.num_batches
+    rows = [len(leaf) for leaf in keras.tree.flatten(x) if hasattr(leaf, "shape")]
+    return rows[0] if rows else -1
+
+
 class EpochSetter(keras.callbacks.Callback):
     """Tells a dataset with an order for each epoch which epoch it is.
 

@@ -1,12 +1,14 @@
-"""How the weights of a Gemma are laid out over several devices (JAX).
+"""Several devices: processes that train together, and weights laid out (JAX).
 
-Megatron's plan (Shoeybi et al. 2019, arXiv:1909.08053): projections into a block are
+The layout is Megatron's plan (Shoeybi et al. 2019, arXiv:1909.08053): projections into a block are
 divided by their outputs, those out of it by their inputs, so that a block needs one sum
 over the devices after attention and one after the feed-forward. Along the data axis
 every weight is divided too, as ZeRO does, and gathered where it is used.
 """
 
 import keras
+
+from gemma_keras import backend
 
 INTO = "query|key|value|ffw_gating|ffw_gating_2"
 OUT_OF = "attention_output|ffw_linear"
@@ -51,3 +53,24 @@ def layout_map(
     layouts[rf".*/({OUT_OF})/kernel"] = (model_dim, data_dim)
     layouts[rf".*/({OUT_OF})/lora_a"] = (model_dim, None)
     return layouts
+
+
+def initialize():
+    """Joins the processes that train together; call it before anything else.
+
+    On torch each was started by `torchrun`. On JAX this is
+    `keras.distribution.initialize()`, which reads the `KERAS_DISTRIBUTION_*` variables,
+    or asks the cluster.
+
+    Raises:
+        ValueError: nothing says that there are several, or the backend is TensorFlow.
+    """
+    backend.join_processes()
+
+
+def shard():
+    """`(index, count)`: this process and how many there are, as datasets take it.
+
+    `(0, 1)` where there is one.
+    """
+    return backend.process()

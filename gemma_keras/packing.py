@@ -22,8 +22,8 @@ class EpochDataset(keras.utils.PyDataset):
     `fit(shuffle=...)` has no effect on them in `GemmaCausalLM`.
     """
 
-    def __init__(self, examples, batch_size, seed, shuffle, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, examples, batch_size, seed, shuffle, shard=(0, 1)):
+        super().__init__()
         if not isinstance(examples, EncodedExamples):
             raise TypeError(
                 "Expected encoded examples, got "
@@ -34,6 +34,18 @@ class EpochDataset(keras.utils.PyDataset):
             raise ValueError(f"batch_size must be a whole number, got {batch_size!r}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be from 1, got {batch_size}.")
+        index, count = shard
+        if not 0 <= index < count:
+            raise ValueError(
+                "shard must be (index, count) with an index from 0 to below count, got "
+                f"{shard!r}."
+            )
+        if batch_size % count:
+            raise ValueError(
+                f"The {batch_size} rows of a batch cannot be divided among {count} "
+                "processes: make batch_size, which counts the rows of all, a multiple."
+            )
+        self.shard = index, count
         self.examples, self.batch_size = examples, batch_size
         self.seed, self.shuffle = seed, shuffle
         self.epoch = 0
@@ -47,7 +59,21 @@ class EpochDataset(keras.utils.PyDataset):
         self.epoch += 1
 
     def batch(self, epoch: int, index: int):
-        """Batch `index` of `epoch`, whatever the present epoch is."""
+        """Batch `index` of `epoch`, whatever the present epoch is; this shard's rows.
+
+        All shards together have the batch that there is without shards.
+        """
+        return self.share(self.whole_batch(epoch, index))
+
+    def share(self, batch):
+        """The rows of a whole batch that are this shard's."""
+        shard, count = self.shard
+        rows = self.batch_size // count
+        part = slice(shard * rows, (shard + 1) * rows)
+        return keras.tree.map_structure(lambda array: array[part], batch)
+
+    def whole_batch(self, epoch: int, index: int):
+        """Batch `index` of `epoch`, with the rows of all shards."""
         if not 0 <= index < len(self):
             raise IndexError(f"There are {len(self)} batches, got index {index}.")
         # Read once: another thread may be asking for another epoch.
@@ -78,10 +104,13 @@ class PackedDataset(EpochDataset):
 
     Args:
         examples: what `encode_examples` returned.
-        batch_size: B, rows of a batch. The last batch is filled with empty rows.
+        batch_size: B, rows of a batch, in all shards together. The last batch is
+            filled with empty rows.
         sequence_length: T; that of the examples by default.
         seed: of the order.
         shuffle: pack and order anew for each epoch; or always alike.
+        shard: `(index, count)`: give the rows of one of several processes, as
+            `distribution.shard()` says; seed and batch_size are the same in all.
 
     Raises:
         ValueError: T is too short for some example; a bad `batch_size`.
@@ -95,8 +124,9 @@ class PackedDataset(EpochDataset):
         *,
         seed: int = 0,
         shuffle: bool = True,
+        shard: tuple[int, int] = (0, 1),
     ):
-        super().__init__(examples, batch_size, seed, shuffle)
+        super().__init__(examples, batch_size, seed, shuffle, shard)
         self.sequence_length = sequence_length or examples.sequence_length
         longest = int(examples.lengths.max())
         if longest > self.sequence_length:
@@ -153,11 +183,14 @@ class BucketedDataset(EpochDataset):
 
     Args:
         examples: what `encode_examples` returned.
-        batch_size: B. The last batch is filled with empty rows.
+        batch_size: B, in all shards together. The last batch is filled with empty
+            rows.
         lengths: the lengths of batches; T / 8, T / 4, T / 2 and T by default, where T
             is the examples' `sequence_length`. Each costs a compilation.
         seed: of the order.
         shuffle: order anew for each epoch; or always alike, sorted throughout.
+        shard: `(index, count)`: give the rows of one of several processes, as
+            `distribution.shard()` says; seed and batch_size are the same in all.
 
     Raises:
         ValueError: some example is longer than all `lengths`; a bad `batch_size`.
@@ -171,8 +204,9 @@ class BucketedDataset(EpochDataset):
         *,
         seed: int = 0,
         shuffle: bool = True,
+        shard: tuple[int, int] = (0, 1),
     ):
-        super().__init__(examples, batch_size, seed, shuffle)
+        super().__init__(examples, batch_size, seed, shuffle, shard)
         if lengths is None:
             longest = examples.sequence_length
             lengths = {-(-longest // part) for part in (8, 4, 2, 1)}

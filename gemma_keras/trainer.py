@@ -165,8 +165,9 @@ class TokenTrainer(keras.Model):
         accumulation = _accumulation_of(self.optimizer)
         if accumulation is not None:
             _, y, weight = keras.utils.unpack_x_y_sample_weight(args[-1])
-            accumulation.tokens = ops.sum(_weights(y, weight))
-        with self._giving_hidden():
+            tokens = [ops.sum(_weights(y, weight))]
+            (accumulation.tokens,) = backend.sum_over_replicas(tokens)
+        with self._giving_hidden(), backend.summed_gradients(self.optimizer):
             return super().train_step(*args)
 
     def test_step(self, *args):
@@ -201,9 +202,20 @@ class TokenTrainer(keras.Model):
             self.backbone,
             train_head=training and embeddings.trainable,
         )
-        self._token_metrics.add(totals)
-        loss = totals.loss / ops.maximum(totals.weight, 1e-9)
-        return sum(map(ops.sum, self.losses), start=loss)
+        # The mean is over the tokens of all replicas, whose gradients are summed.
+        sums = backend.sum_over_replicas(list(map(ops.stop_gradient, totals)))
+        everywhere = token_loss.Totals(*sums)
+        self._token_metrics.add(everywhere)
+        loss = totals.loss / ops.maximum(everywhere.weight, 1e-9)
+        others = sum(map(ops.sum, self.losses), start=0.0)
+        return loss + others / backend.replicas()
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        # On TensorFlow Keras builds for the mean of the replicas' first batches, and
+        # booleans, as masks are, have none.
+        if iterator is not None and self._distribute_strategy is not None:
+            data_batch = backend.first_batch(next(iter(iterator))[-1])
+        super()._maybe_symbolic_build(data_batch=data_batch)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         if self._gives_hidden:
@@ -239,6 +251,8 @@ class TokenTrainer(keras.Model):
         )
         if validation_data is not None:
             validation_data = self._prepare_validation(validation_data)
+        _check_shares(x)
+        backend.make_alike(self.trainable_variables)
         return super().fit(
             x, y, sample_weight=sample_weight, validation_data=validation_data, **kwargs
         )
@@ -295,6 +309,17 @@ class TokenTrainer(keras.Model):
         """Logits, as `keras.Model.predict`; inputs as in `fit`."""
         x, _, _ = data.prepare(x, None, None, self.preprocessor)
         return super().predict(x, **kwargs)
+
+
+def _check_shares(x):
+    """Refuse to train where one process would wait for the others forever."""
+    counts = backend.from_all_processes(data.size(x))
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"The processes have {counts} rows or batches to train on, and all must "
+            "have as many: pass shard=gemma_keras.distribution.shard() to "
+            "PackedDataset or BucketedDataset, or cut what you divide yourself."
+        )
 
 
 def _weights(y, sample_weight):

@@ -62,12 +62,12 @@ class Steps(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         number = self.start * self.accumulation + index
-        batch = self.dataset.batch(*divmod(number, len(self.dataset)))
+        batch = self.dataset.whole_batch(*divmod(number, len(self.dataset)))
         x, _, weight = batch
         # Read ahead by another thread, and asked for when the step is done.
         tokens = int(np.sum(x["padding_mask"]))
         self._counts[number] = (tokens, int(np.count_nonzero(weight)))
-        return batch
+        return self.dataset.share(batch)
 
     def counts(self, step):
         """Tokens of a step, counted from 1, and how many of them were learned."""
