@@ -1,9 +1,9 @@
 """Several devices: processes that train together, and weights laid out (JAX).
 
-The layout is Megatron's plan (Shoeybi et al. 2019, arXiv:1909.08053): projections into a block are
-divided by their outputs, those out of it by their inputs, so that a block needs one sum
-over the devices after attention and one after the feed-forward. Along the data axis
-every weight is divided too, as ZeRO does, and gathered where it is used.
+The layout is Megatron's plan (Shoeybi et al. 2019, arXiv:1909.08053): projections into
+a block are divided by their outputs, those out of it by their inputs, so that a block
+needs one sum over the devices after attention and one after the feed-forward. Along the
+data axis every weight is divided too, as ZeRO does, and gathered where it is used.
 """
 
 import keras

@@ -303,6 +303,7 @@ class TokenTrainer(keras.Model):
     def evaluate(self, x=None, y=None, *, sample_weight=None, **kwargs):
         """Loss and metrics, as `keras.Model.evaluate`; inputs as in `fit`."""
         x, y, sample_weight = data.prepare(x, y, sample_weight, self.preprocessor)
+        _check_shares(x)
         return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x, **kwargs):
@@ -316,8 +317,8 @@ def _check_shares(x):
     counts = backend.from_all_processes(data.size(x))
     if len(set(counts)) > 1:
         raise ValueError(
-            f"The processes have {counts} rows or batches to train on, and all must "
-            "have as many: pass shard=gemma_keras.distribution.shard() to "
+            f"The processes have {counts} rows or batches to read, and all must have "
+            "as many: pass shard=gemma_keras.distribution.shard() to "
             "PackedDataset or BucketedDataset, or cut what you divide yourself."
         )
 

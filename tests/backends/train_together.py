@@ -1,10 +1,9 @@
 """A training program as a user would write it, run by test_together.py.
 
-    python train_together.py alone|processes|mirrored OUT
+    python train_together.py processes|mirrored OUT
 
-`alone` is one process and device; `processes` is one of several (torch, JAX);
-`mirrored` is two logical devices of one process (TensorFlow). The first process writes
-losses and trained weights to OUT.
+`processes` is one of several (torch, JAX); `mirrored` is two logical devices of one
+process (TensorFlow). The first process writes losses and trained weights to OUT.
 """
 
 import contextlib
@@ -32,30 +31,10 @@ PAIRS = [
 ]
 
 
-def lora(scope, shard):
-    """LoRA on a preset, from packed examples; the factors differ until `fit`."""
-    with scope():
-        lm = GemmaCausalLM.from_preset("gemma_tiny_instruct_en", dtype="float32")
-        alike = keras.backend.backend() != "torch"
-        backend.set_seed(3 if alike else 3 + shard[0])
-        lm.enable_lora(4)
-        optimizer = make_optimizer(
-            "adamw", 0.01, weight_decay=0.1, clip_norm=0.5, lora_plus_ratio=4.0
-        )
-        lm.compile(optimizer)
-    encoder = lm.preprocessor.encoder(instruct=True)
-    examples = gemma_keras.read_examples(PAIRS)
-    encoded = gemma_keras.encode_examples(examples, encoder, 48)
-    dataset = PackedDataset(encoded, 4, shard=shard)
-    history = lm.fit(dataset, validation_data=dataset, epochs=2, verbose=0).history
-    lm.save_adapter(pathlib.Path(sys.argv[2]).with_suffix(f".{shard[0]}"))
-    return lm, history
-
-
-def accumulated(scope, shard):
-    """All weights, from arrays with few tokens to learn in some rows, many in others."""
+def small_model(vocab_size):
+    """A random model of one layer, alike in every process."""
     config = GemmaConfig(
-        vocab_size=128,
+        vocab_size=vocab_size,
         num_layers=1,
         hidden_dim=32,
         ffn_dim=64,
@@ -69,17 +48,47 @@ def accumulated(scope, shard):
     def init(path):
         return keras.initializers.RandomNormal(0.0, 0.3, sum(map(ord, path)))
 
+    return GemmaCausalLM(GemmaBackbone(config, init=init))
+
+
+def lora(scope, shard):
+    """LoRA, from packed examples; torch's factors differ until `fit`."""
     with scope():
-        lm = GemmaCausalLM(GemmaBackbone(config, init=init))
+        preset = GemmaCausalLM.from_preset("gemma_tiny_instruct_en", dtype="float32")
+        lm = small_model(preset.config.vocab_size)
+        alike = keras.backend.backend() != "torch"
+        backend.set_seed(3 if alike else 3 + shard[0])
+        lm.enable_lora(4)
+        optimizer = make_optimizer(
+            "adamw", 0.01, weight_decay=0.1, clip_norm=0.5, lora_plus_ratio=4.0
+        )
+        lm.compile(optimizer)
+    examples = gemma_keras.read_examples(PAIRS)
+    encoder = preset.preprocessor.encoder(instruct=True)
+    encoded = gemma_keras.encode_examples(examples, encoder, 48)
+    dataset = PackedDataset(encoded, 4, shard=shard)
+    history = lm.fit(dataset, epochs=2, verbose=0).history
+    kernel = keras.ops.convert_to_numpy(
+        preset.backbone.blocks[0].attention.query.kernel
+    )
+    return lm, history | {"loaded": float(keras.ops.sum(kernel**2))}
+
+
+def accumulated(scope, shard):
+    """All weights, from arrays; some rows have few tokens to learn, others many."""
+    with scope():
+        lm = small_model(128)
         lm.compile(
             make_optimizer("adamw", 0.01, weight_decay=0.1),
             gradient_accumulation_steps=2,
         )
     random = np.random.default_rng(0)
     ids = random.integers(4, 128, (16, 21)).astype("int32")
-    share = np.linspace(0.05, 0.95, 16)[:, None]
-    weights = (random.random((16, 20)) < share).astype("float32")
-    # Each process has every second row; alone, batches hold the same rows together.
+    # Each process has every second row, each replica of TensorFlow half of a batch:
+    # neither has as many tokens to learn as the other.
+    row = np.arange(16)
+    share = 0.02 + 0.45 * (row % 2) + 0.45 * (row % 8 >= 4)
+    weights = (random.random((16, 20)) < share[:, None]).astype("float32")
     index, count = shard
     ids, weights = ids[index::count], weights[index::count]
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones(weights.shape, bool)}
@@ -92,9 +101,18 @@ def accumulated(scope, shard):
     return lm, history | {f"then_{name}": value for name, value in found.items()}
 
 
-def main():
+def refused(lm, shard):
+    """What is said of shares that are not equal."""
+    ids = np.ones((4 + 2 * shard[0], 8), "int32")
+    x = {"token_ids": ids, "padding_mask": ids > 0}
+    try:
+        lm.fit(x, ids, batch_size=2, verbose=0)
+    except ValueError as error:
+        return str(error)
+
+
+def train(kind, out):
     """Trains twice, and writes what came out."""
-    kind, out = sys.argv[1:]
     scope = contextlib.nullcontext
     if kind == "mirrored":
         import tensorflow as tf
@@ -109,16 +127,18 @@ def main():
             data = keras.distribution.DataParallel(auto_shard_dataset=False)
             keras.distribution.set_distribution(data)
     shard = distribution.shard()
-    results, weights = {}, {}
+    results, weights = {"shards": shard[1]}, {}
     for case in (lora, accumulated):
         lm, results[case.__name__] = case(scope, shard)
         for number, variable in enumerate(lm.trainable_variables):
             value = keras.ops.convert_to_numpy(variable)
             weights[f"{case.__name__} {number} {variable.path}"] = value
+    if kind == "processes":
+        results["refused"] = refused(lm, shard)
     if shard[0] == 0:
         np.savez(f"{out}.npz", **weights)
         pathlib.Path(f"{out}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main()
+    train(*sys.argv[1:])
