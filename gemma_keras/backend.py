@@ -362,6 +362,13 @@ def process():
     return 0, 1
 
 
+def processes_started():
+    """How many processes were started for one training, joined yet or not."""
+    told = {"torch": "WORLD_SIZE", "jax": "KERAS_DISTRIBUTION_NUM_PROCESSES"}
+    number = os.environ.get(told.get(NAME, ""), "1")
+    return max(process()[1], int(number) if number.isdigit() else 1)
+
+
 def from_all_processes(number):
     """The integer that each process has called this with, in their order."""
     if process()[1] == 1:

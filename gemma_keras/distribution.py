@@ -74,3 +74,40 @@ def shard():
     `(0, 1)` where there is one.
     """
     return backend.process()
+
+
+def refuse_processes(what):
+    """Raises `ValueError` if this is one of several processes started together."""
+    started = backend.processes_started()
+    if started > 1:
+        raise ValueError(
+            f"{what} is for one process, and {started} were started together: each "
+            "would do the same, and write to the same place. Start one; or call "
+            "fit() in a program of your own, as docs/distributed.md shows."
+        )
+
+
+def use_all_devices(batch_size):
+    """Divides each batch of what is trained from now on among all devices (JAX).
+
+    Args:
+        batch_size: rows of a batch.
+
+    Raises:
+        ValueError: the batch cannot be divided; or the backend is another one.
+    """
+    if backend.NAME != "jax":
+        raise ValueError(
+            f"devices=all works on JAX, and this is {backend.NAME}: "
+            "docs/distributed.md shows what there is for it."
+        )
+    devices = len(keras.distribution.list_devices())
+    if batch_size % devices:
+        raise ValueError(
+            f"The {batch_size} rows of a batch cannot be divided among {devices} "
+            f"devices: make batch_size a multiple of {devices}."
+        )
+    if devices > 1:
+        keras.distribution.set_distribution(
+            keras.distribution.DataParallel(auto_shard_dataset=False)
+        )

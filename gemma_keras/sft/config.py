@@ -21,7 +21,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 MODEL, DATA, LORA = "Model", "Data", "LoRA"
 TRAINING, RUN = "Training", "The run's folder"
 # A run may go on with another value of these.
-FREE = ("backend",)
+FREE = ("backend", "devices")
 
 
 class ConfigError(ValueError):
@@ -59,6 +59,12 @@ class RunConfig:
         None,
         "Backend of Keras; KERAS_BACKEND or what is installed if not given.",
         choices=("jax", "torch", "tensorflow"),
+        group=MODEL,
+    )
+    devices: str = setting(
+        "one",
+        "Train on one device, or divide each batch among all of them (JAX).",
+        choices=("one", "all"),
         group=MODEL,
     )
 

@@ -5,7 +5,7 @@ import math
 import pathlib
 import shutil
 
-from gemma_keras import backend, optimizers
+from gemma_keras import backend, distribution, optimizers
 from gemma_keras.causal_lm import GemmaCausalLM
 from gemma_keras.console import loading, say, size
 from gemma_keras.loading import load_preprocessor, open_source
@@ -35,6 +35,9 @@ def run(config):
             `DivergenceError` if training fails by itself.
         OSError: the disk is full.
     """
+    distribution.refuse_processes("gemma-keras sft")
+    if config.devices == "all":
+        distribution.use_all_devices(config.batch_size)
     with open_source(config.preset) as checkpoint:
         config = config.resolved(checkpoint.config.max_position)
         preprocessor = load_preprocessor(checkpoint)

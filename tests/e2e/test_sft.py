@@ -303,6 +303,46 @@ def test_what_is_wrong_is_told_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
+@pytest.mark.parametrize("told", ["WORLD_SIZE", "KERAS_DISTRIBUTION_NUM_PROCESSES"])
+def test_one_of_several_processes_refuses(random_preset, tmp_path, told, monkeypatch):
+    names = {"torch": "WORLD_SIZE", "jax": "KERAS_DISTRIBUTION_NUM_PROCESSES"}
+    if names.get(keras.backend.backend()) != told:
+        pytest.skip("another backend's way to start processes")
+    monkeypatch.setenv(told, "2")
+    config = write_yaml(tmp_path / "run.yaml", options(random_preset, tmp_path / "out"))
+    result = invoke("sft", config)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "one process, and 2 were started" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_devices_have_the_losses_of_one(whole, tmp_path):
+    if keras.backend.backend() != "jax":
+        pytest.skip("divides batches among devices on JAX only")
+    given = RunConfig.read(whole / "config.yaml").as_dict()
+    given |= {"out": str(tmp_path / "all"), "devices": "all"}
+    config = write_yaml(tmp_path / "run.yaml", given)
+    done = start(config, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert done.returncode == 0, done.stderr
+    losses = list(map(float, column(tmp_path / "all", "loss")))
+    expected = list(map(float, column(whole, "loss")))
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_devices_that_cannot_share_a_batch_are_told(
+    random_preset, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["a", "b", "c"])
+    given = options(random_preset, tmp_path / "out", devices="all")
+    result = invoke("sft", write_yaml(tmp_path / "run.yaml", given))
+    told = {"jax": "make batch_size a multiple of 3"}
+    assert result.exit_code == 1
+    assert (
+        told.get(keras.backend.backend(), "devices=all works on JAX") in result.stderr
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bad_row_stops_before_training_or_is_skipped(random_preset, tmp_path):
     data = tmp_path / "rows.jsonl"
     good = LESSONS.read_text().splitlines()

@@ -399,3 +399,33 @@ def test_what_is_not_encoded_or_does_not_fit_is_refused():
         PackedDataset(encoded_of([9]), 4, 5)
     with pytest.raises(ValueError, match="the longest bucket is 5"):
         BucketedDataset(encoded_of([9]), 4, (3, 5))
+
+
+# ---------------------------------------------------------------- shards
+
+
+@pytest.mark.parametrize("kind", [PackedDataset, BucketedDataset])
+def test_shards_together_are_the_whole_batches(kind):
+    examples = encoded_of([9, 3, 4, 8, 2, 5, 7, 6, 3, 2, 9])
+    whole = kind(examples, 4, seed=2)
+    shards = [kind(examples, 4, seed=2, shard=(i, 2)) for i in range(2)]
+    assert {len(shard) for shard in shards} == {len(whole)}
+    for epoch in range(2):
+        for number in range(len(whole)):
+            expected = whole.batch(epoch, number)
+            parts = [shard.batch(epoch, number) for shard in shards]
+            for name in expected[0]:
+                together = np.concatenate([x[name] for x, _, _ in parts])
+                np.testing.assert_array_equal(together, expected[0][name])
+            for place in (1, 2):
+                together = np.concatenate([part[place] for part in parts])
+                np.testing.assert_array_equal(together, expected[place])
+
+
+@pytest.mark.parametrize(
+    ("shard", "told"),
+    [((2, 2), "index from 0"), ((-1, 2), "index from 0"), ((0, 3), "a multiple")],
+)
+def test_a_shard_that_cannot_be_is_refused(shard, told):
+    with pytest.raises(ValueError, match=told):
+        PackedDataset(encoded_of([4, 5]), 4, shard=shard)
