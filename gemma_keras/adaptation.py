@@ -1,7 +1,6 @@
 """What a `GemmaCausalLM` can do with low-rank adapters."""
 
-from keras import ops
-
+from gemma_keras import backend
 from gemma_keras.checkpoints import peft
 from gemma_keras.lora import DEFAULT
 from gemma_keras.lora_config import LoraConfig
@@ -114,7 +113,7 @@ class Adaptation:
         adapters = self.backbone.adapters
 
         def table():
-            return ops.convert_to_numpy(self.backbone.token_embedding.weight)
+            return backend.to_numpy(self.backbone.token_embedding.weight)
 
         found = peft.read(directory, self.config, table)
         adapters.add(name, *found)

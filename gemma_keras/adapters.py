@@ -6,7 +6,6 @@ import re
 
 import keras
 import numpy as np
-from keras import ops
 
 from gemma_keras import backend
 from gemma_keras.lora import DEFAULT
@@ -414,4 +413,4 @@ class Adaptable:
 
 
 def _array(variable):
-    return np.asarray(ops.convert_to_numpy(variable), "float32")
+    return np.asarray(backend.to_numpy(variable), "float32")

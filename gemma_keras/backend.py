@@ -238,11 +238,26 @@ def column_squares(kernel):
     return ops.sum(ops.square(ops.cast(kernel, "float32")), axis=0)
 
 
+def to_numpy(value):
+    """A tensor or a Keras variable as a numpy array.
+
+    On JAX processes may each hold a part of it: it is brought together then, for which
+    all of them have to call this.
+    """
+    if NAME == "jax":
+        array = ops.convert_to_tensor(value)
+        if not (array.is_fully_addressable or array.is_fully_replicated):
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.process_allgather(array, tiled=True)
+    return ops.convert_to_numpy(value)
+
+
 def host_copy(variable):
     """The value of a Keras variable, copied to the host's memory, in its own dtype."""
     if NAME == "torch":
         return variable.value.detach().to("cpu", copy=True)
-    return np.array(variable.value)
+    return np.array(to_numpy(variable))
 
 
 def torch_device():
@@ -501,6 +516,18 @@ def _apply_across_replicas(optimizer, apply, sums, variables):
 
 def _first_of_replicas(value):
     return tf.distribute.get_strategy().experimental_local_results(value)[0]
+
+
+def outside_of_strategy(model):
+    """Paths of variables that the replicas of the model's strategy do not have.
+
+    On TensorFlow, of those that were made outside of the strategy's scope.
+    """
+    if NAME != "tensorflow" or model.distribute_strategy.num_replicas_in_sync == 1:
+        return []
+    variables = [*model.variables, *model.metrics_variables, *model.optimizer.variables]
+    mirrored = tf.distribute.DistributedValues
+    return [v.path for v in variables if not isinstance(v.value, mirrored)]
 
 
 def first_batch(batches):

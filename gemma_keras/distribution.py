@@ -69,11 +69,20 @@ def initialize():
 
 
 def shard():
-    """`(index, count)`: this process and how many there are, as datasets take it.
+    """`(index, count)`: the share of each batch that this process is to read.
 
-    `(0, 1)` where there is one.
+    `(0, 1)`, all of it, where there is one process; or where the mesh that is set on
+    JAX has no more than one place along its batches. Call it after `set_distribution`.
     """
-    return backend.process()
+    index, count = backend.process()
+    layout = keras.distribution.distribution() if count > 1 else None
+    if layout is not None:
+        mesh = layout.device_mesh
+        axes = dict(zip(mesh.axis_names, mesh.shape, strict=True))
+        # Several processes may hold parts of one copy of the model.
+        shares = min(count, axes[layout.batch_dim_name])
+        index, count = index * shares // count, shares
+    return index, count
 
 
 def refuse_processes(what):

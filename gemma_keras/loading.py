@@ -131,6 +131,6 @@ def weight_reader(backbone):
     def read(path):
         layer = layers.get(path.rsplit("/", 1)[0])
         value = variables[path] if layer is None else layer.merged_weight()
-        return keras.ops.convert_to_numpy(value)
+        return backend.to_numpy(value)
 
     return read

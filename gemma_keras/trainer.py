@@ -240,6 +240,7 @@ class TokenTrainer(keras.Model):
         """
         self._check_trainable()
         self._check_optimizer()
+        self._check_scope()
         epochs = isinstance(x, EpochDataset)
         if epochs or (data.is_dataset(x) and not isinstance(x, keras.utils.PyDataset)):
             # It comes in its own order, whatever index Keras asks for.
@@ -267,6 +268,17 @@ class TokenTrainer(keras.Model):
             raise ValueError(
                 "Other weights are to be trained than those that the optimizer has "
                 "seen, since adapters were added or switched: call compile again."
+            )
+
+    def _check_scope(self):
+        """Refuse what TensorFlow's replicas would each change, or not know."""
+        outside = backend.outside_of_strategy(self)
+        if outside:
+            raise ValueError(
+                f"{len(outside)} variables, such as {outside[0]}, were made outside of "
+                "the scope of the tf.distribute strategy: load the model, call "
+                "enable_lora and make the optimizer inside `with strategy.scope():`, "
+                "and compile there."
             )
 
     def _check_optimizer(self):

@@ -93,12 +93,18 @@ def test_two_have_the_weights_of_one(found):
         np.testing.assert_allclose(two[name], expected, atol=3e-5, err_msg=name)
 
 
-def test_shares_that_are_not_equal_are_refused(found):
+def test_what_cannot_be_trained_together_is_refused(found):
     two = found[1][0]
     if keras.backend.backend() == "tensorflow":
-        pytest.skip("one process divides the batches itself")
-    assert two["shards"] == 2
-    assert "[4, 6] rows or batches" in two["refused"]
+        assert two["shards"] == 1
+        assert "outside of the scope" in two["refused"]
+    else:
+        assert two["shards"] == 2
+        assert "[4, 6] rows or batches" in two["refused"]
+
+
+def test_what_processes_hold_in_parts_is_brought_together(found):
+    assert found[1][0]["brought_together"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_a_process_that_was_started_alone_is_told_so(monkeypatch):

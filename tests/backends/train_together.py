@@ -102,13 +102,27 @@ def accumulated(scope, shard):
 
 
 def refused(lm, shard):
-    """What is said of shares that are not equal."""
+    """What is said of shares that are not equal, or of what no replica has."""
+    if keras.backend.backend() == "tensorflow":
+        lm.enable_lora(2)
+        lm.compile()
     ids = np.ones((4 + 2 * shard[0], 8), "int32")
     x = {"token_ids": ids, "padding_mask": ids > 0}
     try:
         lm.fit(x, ids, batch_size=2, verbose=0)
     except ValueError as error:
         return str(error)
+
+
+def brought_together():
+    """Numbers of which, on JAX, each process holds a half."""
+    numbers = np.arange(8.0, dtype="float32").reshape(4, 2)
+    if keras.backend.backend() == "jax":
+        mesh = keras.distribution.distribution().device_mesh
+        layout = keras.distribution.TensorLayout(("batch", None), mesh)
+        numbers = keras.distribution.distribute_tensor(numbers, layout)
+        assert not numbers.is_fully_addressable
+    return backend.to_numpy(numbers).tolist()
 
 
 def train(kind, out):
@@ -133,8 +147,9 @@ def train(kind, out):
         for number, variable in enumerate(lm.trainable_variables):
             value = keras.ops.convert_to_numpy(variable)
             weights[f"{case.__name__} {number} {variable.path}"] = value
-    if kind == "processes":
+    if kind != "alone":
         results["refused"] = refused(lm, shard)
+        results["brought_together"] = brought_together()
     if shard[0] == 0:
         np.savez(f"{out}.npz", **weights)
         pathlib.Path(f"{out}.json").write_text(json.dumps(results))
