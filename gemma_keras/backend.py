@@ -457,8 +457,14 @@ def _tensorflow_sums(tensors):
 
 
 @contextlib.contextmanager
-def summed_gradients(optimizer):
-    """Within it, `optimizer` steps by the gradients' sums over all replicas."""
+def summed_gradients(optimizer, means):
+    """Within it, `optimizer` steps by the gradients' sums over all replicas.
+
+    Args:
+        optimizer: of Keras, or a `Wrapper` around one.
+        means: whether each replica's loss is its own mean, as Keras' losses are: then
+            it is the mean of the gradients. TensorFlow's Keras has divided them.
+    """
     if replicas() == 1:
         yield
         return
@@ -467,6 +473,8 @@ def summed_gradients(optimizer):
     def apply_sums(grads, trainable_variables=None):
         sums = sum_over_replicas(grads)
         if NAME == "torch":
+            parts = replicas() if means else 1
+            sums = [None if x is None else x / parts for x in sums]
             apply(sums, trainable_variables)
         else:
             _apply_across_replicas(optimizer, apply, sums, trainable_variables)

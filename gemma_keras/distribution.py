@@ -68,6 +68,11 @@ def initialize():
     backend.join_processes()
 
 
+def is_first():
+    """Whether this is the process that writes what all have."""
+    return backend.process()[0] == 0
+
+
 def shard():
     """`(index, count)`: the share of each batch that this process is to read.
 

@@ -167,7 +167,10 @@ class TokenTrainer(keras.Model):
             _, y, weight = keras.utils.unpack_x_y_sample_weight(args[-1])
             tokens = [ops.sum(_weights(y, weight))]
             (accumulation.tokens,) = backend.sum_over_replicas(tokens)
-        with self._giving_hidden(), backend.summed_gradients(self.optimizer):
+        summed = backend.summed_gradients(
+            self.optimizer, means=self._token_metrics is None
+        )
+        with self._giving_hidden(), summed:
             return super().train_step(*args)
 
     def test_step(self, *args):
