@@ -385,9 +385,7 @@ def processes_started():
 
 
 def from_all_processes(number):
-    """The integer that each process has called this with, in their order."""
-    if process()[1] == 1:
-        return [number]
+    """The integer that each of several processes calls this with, in their order."""
     if NAME == "jax":
         from jax.experimental import multihost_utils
 
@@ -473,8 +471,8 @@ def summed_gradients(optimizer, means):
     def apply_sums(grads, trainable_variables=None):
         sums = sum_over_replicas(grads)
         if NAME == "torch":
-            parts = replicas() if means else 1
-            sums = [None if x is None else x / parts for x in sums]
+            if means:
+                sums = [None if x is None else x / replicas() for x in sums]
             apply(sums, trainable_variables)
         else:
             _apply_across_replicas(optimizer, apply, sums, trainable_variables)

@@ -329,6 +329,8 @@ class TokenTrainer(keras.Model):
 
 def _check_shares(x):
     """Refuse to train where one process would wait for the others forever."""
+    if backend.process()[1] == 1:
+        return
     counts = backend.from_all_processes(data.size(x))
     if len(set(counts)) > 1:
         raise ValueError(
