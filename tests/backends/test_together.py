@@ -39,6 +39,8 @@ def _commands(out):
     there = {
         "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"localhost:{_free_port()}",
         "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+        # Nobody minds that another process may read what one has half written.
+        "JAX_ENABLE_COMPILATION_CACHE": "0",
     }
     return [
         (arguments, there | {"KERAS_DISTRIBUTION_PROCESS_ID": number})
