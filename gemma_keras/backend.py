@@ -513,15 +513,16 @@ def _apply_across_replicas(optimizer, apply, sums, variables):
             step = functools.partial(type(inner).apply, inner)
             strategy.run(step, args=(grads, trainable_variables))
 
-        values = [None if x is None else _first_of_replicas(x) for x in sums]
+        first = functools.partial(_first_of_replicas, strategy)
+        values = [None if x is None else first(x) for x in sums]
         with _replaced(inner, apply=on_each, _all_reduce_sum_gradients=list):
             (on_each if inner is optimizer else apply)(values, variables)
 
     tf.distribute.get_replica_context().merge_call(from_outside, args=(sums,))
 
 
-def _first_of_replicas(value):
-    return tf.distribute.get_strategy().experimental_local_results(value)[0]
+def _first_of_replicas(strategy, value):
+    return strategy.experimental_local_results(value)[0]
 
 
 def outside_of_strategy(model):
@@ -536,9 +537,10 @@ def outside_of_strategy(model):
     return [v.path for v in variables if not isinstance(v.value, mirrored)]
 
 
-def first_batch(batches):
+def first_batch(strategy, batches):
     """The first replica's part of the next of Keras' batches on TensorFlow."""
-    return tf.nest.map_structure(_first_of_replicas, next(batches))
+    first = functools.partial(_first_of_replicas, strategy)
+    return keras.tree.map_structure(first, next(batches))
 
 
 def softmax_cross_entropy(logits, labels):

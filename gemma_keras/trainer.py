@@ -217,7 +217,8 @@ class TokenTrainer(keras.Model):
         # On TensorFlow Keras builds for the mean of the replicas' first batches, and
         # booleans, as masks are, have none.
         if iterator is not None and self._distribute_strategy is not None:
-            data_batch = backend.first_batch(next(iter(iterator))[-1])
+            batches = next(iter(iterator))[-1]
+            data_batch = backend.first_batch(self._distribute_strategy, batches)
         super()._maybe_symbolic_build(data_batch=data_batch)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
