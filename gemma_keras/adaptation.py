@@ -113,7 +113,7 @@ class Adaptation:
         adapters = self.backbone.adapters
 
         def table():
-            return backend.to_numpy(self.backbone.token_embedding.weight)
+            return backend.to_numpy(self.backbone.token_embedding.matrix())
 
         found = peft.read(directory, self.config, table)
         adapters.add(name, *found)

@@ -107,14 +107,6 @@ class Adapters:
                 f"match. Targets may be {', '.join(known)}, all-linear, or a regular "
                 "expression on paths such as decoder_block_0/attention/query."
             )
-        if not config.dora:
-            return
-        for path, layer in self._layers.items():
-            if config.adapts(path) and layer.quantization_mode is not None:
-                raise ValueError(
-                    f"{path} is quantised, and DoRA needs the norms of its columns: "
-                    "use dora=False."
-                )
 
     def _freeze(self):
         # Leaf by leaf: a frozen parent would freeze the factors too.
@@ -268,11 +260,12 @@ class Adapters:
                 "the same table, and gets no update. Keep the adapter (discard=False)."
             )
         for layer in self._projections():
-            if layer.active_factors() and layer.quantization_mode is not None:
+            if layer.active_factors() and layer.packed is not None:
                 raise ValueError(
                     f"{layer.path} is quantised, so that a merged kernel would lose "
-                    "most of the update to rounding. Keep the adapter, or merge it "
-                    "into the model as it was before it was quantised."
+                    "most of the update to rounding. Keep the adapter; save and export "
+                    "write it merged, in floats; or load without quantize, then "
+                    "load_adapter and merge."
                 )
 
     def _projections(self):

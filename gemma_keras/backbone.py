@@ -30,7 +30,9 @@ from gemma_keras.adapters import Adaptable
 from gemma_keras.config import GemmaConfig
 from gemma_keras.distribution import layout_map
 from gemma_keras.geglu import geglu
+from gemma_keras.packed import Quantizable, packed_init
 from gemma_keras.projection import Projection, TokenEmbedding
+from gemma_keras.quantization import Packing
 
 # Finite, so that a query with nothing to see yields numbers, not NaN.
 MASKED = -2.3819763e38
@@ -256,7 +258,7 @@ def random_init(path):
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
-class GemmaBackbone(Adaptable, keras.Model):
+class GemmaBackbone(Adaptable, Quantizable, keras.Model):
     """Token ids in, hidden states [B, T, D] out.
 
     Args:
@@ -266,7 +268,7 @@ class GemmaBackbone(Adaptable, keras.Model):
             activations fit.
         init: function from the path of a weight to its initializer; random by
             default. A checkpoint is loaded by answering with its tensors, so that
-            no weight is filled twice.
+            no weight is filled twice; or with a `PackedStart`.
     """
 
     def __init__(self, config, dtype=None, init=None, **kwargs):
@@ -277,11 +279,7 @@ class GemmaBackbone(Adaptable, keras.Model):
         self.remat = False  # keep only the inputs of blocks for a backward pass
         shared = {"init": init or random_init, "dtype": self.dtype_policy}
         self.token_embedding = TokenEmbedding(
-            config.vocab_size,
-            config.hidden_dim,
-            embeddings_initializer=shared["init"]("token_embedding/embeddings"),
-            dtype=self.dtype_policy,
-            name="token_embedding",
+            config.vocab_size, config.hidden_dim, name="token_embedding", **shared
         )
         self.token_embedding.build()
         self.blocks = [
@@ -358,16 +356,19 @@ class GemmaBackbone(Adaptable, keras.Model):
 
     def logits(self, hidden, table=None):
         """Logits [..., V], capped; `table` may stand in for the embeddings."""
-        if self.token_embedding.quantization_mode is None:
+        packed = self.token_embedding.packed
+        if packed is None:
             table = self.token_embedding.embeddings if table is None else table
             logits = backend.matmul(hidden, table, True)
         else:
-            logits = self.token_embedding(hidden, reverse=True)
+            logits = packed.to_rows(hidden)
         cap = self.config.final_logit_soft_cap
         return logits if cap is None else soft_cap(ops.cast(logits, "float32"), cap)
 
     def head_transpose(self, slopes, table=None):
         """Gradients [C, D] of rows, given those of their uncapped logits [C, V]."""
+        if self.token_embedding.packed is not None:
+            return self.token_embedding.packed.to_columns(slopes)
         table = self.token_embedding.embeddings if table is None else table
         return backend.matmul(slopes, table)
 
@@ -412,12 +413,12 @@ class GemmaBackbone(Adaptable, keras.Model):
     get_layout_map = staticmethod(layout_map)
 
     @classmethod
-    def from_preset(cls, source, dtype="auto", load_weights=True):
+    def from_preset(cls, source, dtype="auto", load_weights=True, quantize=None):
         """The backbone alone of what `GemmaCausalLM.from_preset` loads."""
         # A door upstairs, opened when it is called: the model knows no files.
         from gemma_keras.loading import backbone_from_source
 
-        return backbone_from_source(source, dtype, load_weights)
+        return backbone_from_source(source, dtype, load_weights, quantize)
 
     def get_config(self):
         return {
@@ -426,12 +427,15 @@ class GemmaBackbone(Adaptable, keras.Model):
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "config": dataclasses.asdict(self.config),
             "lora": self.adapters.get_config(),
+            "packings": {p: dataclasses.astuple(x) for p, x in self.packings.items()},
         }
 
     @classmethod
     def from_config(cls, config):
         config = dict(config)
-        adapters = config.pop("lora", None)
+        adapters, packings = config.pop("lora", None), config.pop("packings", {})
+        packings = {path: Packing(*fields) for path, fields in packings.items()}
+        config["init"] = packed_init(random_init, packings)
         config["config"] = GemmaConfig(**config["config"])
         backbone = cls(**config)
         if adapters:

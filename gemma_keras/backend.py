@@ -325,6 +325,50 @@ if NAME == "torch":
             return None, *(upstream * slope for slope in ctx.saved_tensors)
 
 
+def linear(forward, backward, x):
+    """`forward(x)`, differentiated by `backward`, for which nothing is kept.
+
+    Args:
+        forward: a linear function of a tensor.
+        backward: its transpose: from slopes of the value to slopes of `x`.
+        x: the tensor.
+    """
+    if NAME == "torch":
+        return _Linear.apply(forward, backward, x)
+
+    @ops.custom_gradient
+    def run(x):
+        def gradient(*args, upstream=None):
+            return backward(args[0] if upstream is None else upstream)
+
+        return forward(x), gradient
+
+    return run(x)
+
+
+if NAME == "torch":
+
+    class _Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, forward, backward, x):
+            ctx.transpose = backward
+            return forward(x)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return None, None, ctx.transpose(upstream)
+
+
+def not_before(codes, x):
+    """The integers `codes`, which XLA cannot compute with before it has `x`."""
+    traced = NAME == "jax" and isinstance(x, jax.core.Tracer)
+    if not traced and (NAME != "tensorflow" or tf.executing_eagerly()):
+        return codes
+    # It does not know that this is 0, since a float may be NaN.
+    zero = ops.cast(ops.reshape(x, (-1,))[0] * 0, codes.dtype)
+    return ops.bitwise_xor(codes, zero)
+
+
 def branch(condition, yes, no):
     """`yes()` or `no()`, for what they do to variables."""
     if NAME == "tensorflow":

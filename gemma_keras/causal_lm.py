@@ -58,6 +58,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
         dtype="auto",
         *,
         load_weights=True,
+        quantize=None,
         logits_dtype="float32",
         progress=None,
         **preprocessor_settings,
@@ -71,6 +72,8 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             dtype: a Keras dtype or policy, such as `"float32"` or `"mixed_bfloat16"`;
                 `"auto"` keeps the checkpoint's.
             load_weights: false gives random weights of the same shapes.
+            quantize: `"int8"` or `"int4"`, or a `Quantization` for more: keep matrices
+                in so many bits. Each is rounded as it is read; see docs/quantization.md.
             logits_dtype: as in the constructor.
             progress: called as `progress(done_bytes, total_bytes)` while weights load.
             **preprocessor_settings: arguments of `GemmaCausalLMPreprocessor`, such as
@@ -85,7 +88,9 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             preprocessor = loading.load_preprocessor(
                 checkpoint, **preprocessor_settings
             )
-            backbone = loading.make_backbone(checkpoint, dtype, load_weights, progress)
+            backbone = loading.make_backbone(
+                checkpoint, dtype, load_weights, quantize, progress
+            )
             lm = cls(backbone, preprocessor, logits_dtype=logits_dtype)
             if load_weights:
                 lm.provenance = Provenance.of(checkpoint, source)
@@ -160,6 +165,12 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
                 ) from None
         contents = saving.model_contents(self, options.pop("progress", None))
         return exporting.export(contents, filepath, format, **options)
+
+    def quantize(self, mode=None, config=None, **options):
+        """Keep the model's matrices in few bits: `GemmaBackbone.quantize`."""
+        self.backbone.quantize(mode, config, **options)
+        # What was compiled reads the weights as they were.
+        self.train_function = self.test_function = self.predict_function = None
 
     @property
     def config(self):

@@ -4,12 +4,15 @@ import math
 import warnings
 
 import keras
+import numpy as np
 
 from gemma_keras import backend, registry
-from gemma_keras.backbone import GemmaBackbone
+from gemma_keras.backbone import GemmaBackbone, random_init
 from gemma_keras.checkpoints import CheckpointError, open_checkpoint
+from gemma_keras.packed import PackedStart, packed_init
 from gemma_keras.preprocessor import GemmaCausalLMPreprocessor
 from gemma_keras.projection import adapted_layers
+from gemma_keras.quantization import Quantization, pack
 
 
 def open_source(source, dtype="auto"):
@@ -18,18 +21,40 @@ def open_source(source, dtype="auto"):
     return open_checkpoint(registry.resolve(source), dtype=quantised_to)
 
 
-def backbone_from_source(source, dtype="auto", load_weights=True):
+def backbone_from_source(source, dtype="auto", load_weights=True, quantize=None):
     """The `GemmaBackbone` of a preset, path or handle."""
     with open_source(source, dtype) as checkpoint:
-        return make_backbone(checkpoint, dtype, load_weights)
+        return make_backbone(checkpoint, dtype, load_weights, quantize)
 
 
-def make_backbone(checkpoint, dtype="auto", load_weights=True, progress=None):
+def make_backbone(
+    checkpoint, dtype="auto", load_weights=True, quantize=None, progress=None
+):
     """A backbone with the checkpoint's weights, or random ones of the same shapes."""
+    packings = _packings(checkpoint, quantize)
     if load_weights:
-        return load_backbone(checkpoint, dtype, progress)
+        return load_backbone(checkpoint, dtype, packings, progress)
     policy = checkpoint.dtype if dtype == "auto" else dtype
-    return GemmaBackbone(checkpoint.config, dtype=policy)
+    init = packed_init(random_init, packings)
+    return GemmaBackbone(checkpoint.config, dtype=policy, init=init)
+
+
+def _packings(checkpoint, quantize):
+    """Path of each layer that is to be quantised to its `Packing`."""
+    quantization = Quantization.get(quantize)
+    if checkpoint.packings:
+        if quantization is not None:
+            raise ValueError(
+                f"{checkpoint.path}: is quantised already; load it without quantize, "
+                "or quantise the model that it was made of."
+            )
+        return checkpoint.packings
+    if quantization is None:
+        return {}
+    packings = quantization.packings(checkpoint.config)
+    if not packings:
+        raise ValueError(f"No layer's path matches {quantization.layers!r}.")
+    return packings
 
 
 def load_tokenizer(source):
@@ -52,7 +77,7 @@ def _variable_dtype(dtype):
     return keras.backend.standardize_dtype(policy.variable_dtype)
 
 
-def load_backbone(checkpoint, dtype="auto", progress=None):
+def load_backbone(checkpoint, dtype="auto", packings=None, progress=None):
     """A `GemmaBackbone` whose variables are made of the checkpoint's tensors.
 
     No weight is first filled with something else, so that memory peaks at the model
@@ -61,6 +86,7 @@ def load_backbone(checkpoint, dtype="auto", progress=None):
     Args:
         checkpoint: an open `Checkpoint`.
         dtype: a Keras dtype or policy; `"auto"` is the dtype of the checkpoint.
+        packings: path of each layer that is kept in few bits to its `Packing`.
         progress: called as `progress(done_bytes, total_bytes)` after each tensor.
 
     Raises:
@@ -72,30 +98,63 @@ def load_backbone(checkpoint, dtype="auto", progress=None):
     total = width * config.num_parameters
     done = 0
 
+    def tell(shape):
+        nonlocal done
+        done += width * math.prod(shape)
+        if progress is not None:
+            progress(done, total)
+
     def init(path):
         def read(shape, dtype=None):
-            nonlocal done
-            array = checkpoint.tensor(path)
-            if tuple(array.shape) != tuple(shape):
-                raise CheckpointError(
-                    f"{checkpoint.sources(path)}: has shape {list(array.shape)}, but "
-                    f"the model asks for {list(shape)}."
-                )
+            array = _array(checkpoint, path, shape)
             tensor = backend.tensor_from_array(array, dtype)
             if not backend.all_finite(tensor):
-                raise CheckpointError(
-                    f"{checkpoint.sources(path)}: holds NaN or infinite numbers"
-                    f"{_after_cast(array, dtype)}. The file is damaged, or was saved "
-                    "from a training run that had diverged."
-                )
-            done += width * math.prod(shape)
-            if progress is not None:
-                progress(done, total)
+                raise _not_finite(checkpoint, path, _after_cast(array, dtype))
+            tell(shape)
             return tensor
 
-        return read
+        def read_packed(shape):
+            arrays = _packed_arrays(checkpoint, path, shape, packing)
+            tell(shape)
+            return arrays
+
+        layer, _, name = path.rpartition("/")
+        packing = (packings or {}).get(layer)
+        if packing is None or name not in ("kernel", "embeddings"):
+            return read
+        return PackedStart(packing, read_packed)
 
     return GemmaBackbone(config, dtype=policy, init=init)
+
+
+def _array(checkpoint, path, shape):
+    array = checkpoint.tensor(path)
+    if tuple(array.shape) != tuple(shape):
+        raise CheckpointError(
+            f"{checkpoint.sources(path)}: has shape {list(array.shape)}, but the model "
+            f"asks for {list(shape)}."
+        )
+    return array
+
+
+def _packed_arrays(checkpoint, path, shape, packing):
+    """Codes and scales of a matrix [rows, columns]: as stored, or rounded now."""
+    if checkpoint.packings:
+        return checkpoint.packed(path)
+    kernel = path.endswith("kernel")
+    array = _array(checkpoint, path, shape[::-1] if kernel else shape)
+    arrays = pack(array.T if kernel else array, packing)
+    # A NaN or an infinity in a group is one in its scale.
+    if not np.isfinite(arrays["scales"].astype("float32")).all():
+        raise _not_finite(checkpoint, path, "")
+    return arrays
+
+
+def _not_finite(checkpoint, path, when):
+    return CheckpointError(
+        f"{checkpoint.sources(path)}: holds NaN or infinite numbers{when}. The file is "
+        "damaged, or was saved from a training run that had diverged."
+    )
 
 
 def _after_cast(array, dtype):

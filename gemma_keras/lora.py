@@ -78,7 +78,11 @@ class Adapted:
 
     @property
     def weight(self):
-        """The variable W."""
+        """The variable W; None if it is quantised."""
+        raise NotImplementedError
+
+    def matrix(self):
+        """W [in, out] as numbers, restored if it is quantised."""
         raise NotImplementedError
 
     def add_adapter(self, name, config, values=None):
@@ -91,7 +95,7 @@ class Adapted:
             config: its `LoraConfig`.
             values: arrays by the names of `Factors.variables`, in place of a new start.
         """
-        rows, columns = self.weight.shape
+        rows, columns = self.weight_shape
         rank = config.rank_of(self.path)
         starts = self._starts(config, rank) if values is None else values
         shapes = {"lora_a": (rows, rank), "lora_b": (rank, columns)}
@@ -130,7 +134,7 @@ class Adapted:
         if config.init == "he_uniform":
             return {"lora_a": "he_uniform"}
         # Kaiming's with a = sqrt(5), as PEFT: uniform within 1 / sqrt(in).
-        bound = 1 / math.sqrt(self.weight.shape[0])
+        bound = 1 / math.sqrt(self.weight_shape[0])
         return {"lora_a": keras.initializers.RandomUniform(-bound, bound)}
 
     def remove_adapter(self, name):
@@ -177,27 +181,25 @@ class Adapted:
         a, b = (
             ops.stop_gradient(ops.convert_to_tensor(x)) for x in (factors.a, factors.b)
         )
-        across = ops.transpose(a)
-        mixed = ops.sum(
-            ops.matmul(across, ops.cast(self.weight, "float32")) * b, axis=0
-        )
+        across, matrix = ops.transpose(a), self.matrix()
+        mixed = ops.sum(ops.matmul(across, ops.cast(matrix, "float32")) * b, axis=0)
         own = ops.sum(ops.matmul(ops.matmul(across, a), b) * b, axis=0)
-        squares = backend.column_squares(self.weight)
+        squares = backend.column_squares(matrix)
         squares = squares + factors.scale * (2.0 * mixed + factors.scale * own)
         return ops.sqrt(ops.maximum(squares, 1e-30))
 
     def merged_weight(self):
-        """W with the active updates added [in, out], in the dtype of W."""
-        found = self.active_factors()
+        """W with the active updates added [in, out], in the dtype of the layer."""
+        found, matrix = self.active_factors(), self.matrix()
         if not found:
-            return self.weight
-        total = ops.cast(self.weight, "float32")
+            return ops.cast(matrix, self.variable_dtype)
+        total = ops.cast(matrix, "float32")
         for factors in found:
             total = total + factors.delta()
         # At most one of them is DoRA, and then it is alone.
         if found[0].magnitude is not None:
             total = total * self.gain(found[0])
-        return ops.cast(total, self.weight.dtype)
+        return ops.cast(total, self.variable_dtype)
 
     def merge(self):
         """Let W hold the active updates, and keep what it was in the host's memory."""
@@ -220,6 +222,32 @@ class Adapted:
         """The weights that are no factors."""
         factors = [x for f in self.adapters.values() for x in f.variables.values()]
         return [v for v in self.weights if not any(v is x for x in factors)]
+
+    def _stored_weights(self):
+        """The weights that are no factors, by their keys in a file."""
+        return {variable.name: variable for variable in self._own_weights()}
+
+    def save_own_variables(self, store):
+        """By name, and the kernel as it is without updates."""
+        for key, variable in self._stored_weights().items():
+            merged = variable is self.weight and self._base is not None
+            store[key] = self._base if merged else variable
+        self._save_factors(store)
+
+    def load_own_variables(self, store):
+        """What `save_own_variables` stored; factors that the file lacks begin anew."""
+        own, found = self._stored_weights(), set(store.keys())
+        rest = found - own.keys()
+        strange = {key for key in rest if "lora_" not in key}
+        if own.keys() - found or strange:
+            raise ValueError(
+                f"The file holds {', '.join(sorted(found))} for {self.path}, which has "
+                f"{', '.join(sorted(own))}. {_hint(found | own.keys())}"
+            )
+        self._check_factors(rest)
+        for key, variable in own.items():
+            variable.assign(store[key])
+        self._load_factors(store)
 
     def _stored_factors(self):
         """Adapter to its variables by their keys in a file."""
@@ -260,6 +288,13 @@ class Adapted:
             zero.assign(ops.zeros(zero.shape, dtype="float32"))
             if factors.magnitude is not None:
                 self.reset_magnitude(name)
+
+
+def _hint(keys):
+    """What to do if a file and a layer hold different ones of these."""
+    if any(key.endswith("_codes") for key in keys):
+        return "One of them is quantised: call quantize as before it was saved."
+    return HINT
 
 
 def _variable(name, shape, start):

@@ -103,8 +103,9 @@ def _in_chunks(rows, ids, weights, backbone, train_head):
     order = ops.argsort(places)
     step = _ChunkStep(*(ops.take(x, order, axis=0) for x in (rows, ids, weights)))
     step.backbone, step.chunk = backbone, chunk
-    table = backbone.token_embedding.embeddings
-    step.table = ops.stop_gradient(table) if train_head else None
+    step.table = None
+    if train_head:
+        step.table = ops.stop_gradient(backbone.token_embedding.embeddings)
     state = {
         "start": backend.counter(0),
         "loss": ops.zeros_like(weights),

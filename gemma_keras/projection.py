@@ -4,10 +4,11 @@ import keras
 from keras import ops
 
 from gemma_keras import backend
-from gemma_keras.lora import HINT, Adapted
+from gemma_keras.lora import Adapted
+from gemma_keras.packed import Packable, PackedStart
 
 
-class Projection(Adapted, keras.layers.Dense):
+class Projection(Adapted, Packable, keras.layers.Dense):
     """A dense layer without bias, kernel [in, out], and its updates.
 
     Args:
@@ -21,15 +22,37 @@ class Projection(Adapted, keras.layers.Dense):
         self._prepare_adapters()
 
     def build(self, input_shape):
-        self.kernel_initializer = keras.initializers.get(
-            self.init(f"{self.path}/kernel")
-        )
-        super().build(input_shape)
+        start = self.init(f"{self.path}/kernel")
+        self.weight_shape = (input_shape[-1], self.units)
+        self.bias = self._kernel = None
+        if isinstance(start, PackedStart):
+            self._start_packed("kernel", start, self.weight_shape[::-1])
+        else:
+            self._kernel = self.add_weight(
+                name="kernel", shape=self.weight_shape, initializer=start
+            )
+        self.built = True
 
     @property
     def weight(self):
-        """The variable of the kernel."""
+        """The variable of the kernel; None if it is quantised."""
         return self._kernel
+
+    def matrix(self):
+        """The kernel [in, out]."""
+        if self.packed is not None:
+            return ops.transpose(self.packed.whole())
+        return self._kernel
+
+    @property
+    def columns(self):
+        """Size of the input, within which quantised groups lie."""
+        return self.weight_shape[0]
+
+    def pack(self, packing):
+        """Keep the kernel in few bits from now on, as rows of outputs."""
+        kernel, self._kernel = self._kernel, None
+        self._pack("kernel", kernel, backend.to_numpy(kernel).T, packing)
 
     def __call__(self, inputs, noise=None):
         # Where it can be helped, not Keras' way in: it costs torch more than a product.
@@ -46,32 +69,12 @@ class Projection(Adapted, keras.layers.Dense):
 
     def multiply(self, inputs):
         """`inputs` [..., in] times the kernel alone, which may be quantised."""
-        if self.quantization_mode is not None:
-            return super().__call__(inputs)
+        if self.packed is not None:
+            return self.packed.to_rows(inputs)
         return ops.cast(backend.matmul(inputs, self.kernel), inputs.dtype)
 
-    def save_own_variables(self, store):
-        # By name, which Dense does not do, and the kernel as it is without updates.
-        for variable in self._own_weights():
-            merged = variable is self._kernel and self._base is not None
-            store[variable.name] = self._base if merged else variable
-        self._save_factors(store)
 
-    def load_own_variables(self, store):
-        own, found = self._own_weights(), set(store.keys())
-        names = {variable.name for variable in own}
-        if names - found:
-            raise ValueError(
-                f"The file holds {sorted(found)} for {self.path}, which has "
-                f"{sorted(names)}. {HINT}"
-            )
-        self._check_factors(found - names)
-        for variable in own:
-            variable.assign(store[variable.name])
-        self._load_factors(store)
-
-
-class TokenEmbedding(Adapted, keras.layers.ReversibleEmbedding):
+class TokenEmbedding(Adapted, Packable, keras.layers.ReversibleEmbedding):
     """Rows for tokens [V, D], which are the output head as well, and their updates.
 
     An update is added to the rows that are looked up, and not to the head: so PEFT
@@ -80,14 +83,49 @@ class TokenEmbedding(Adapted, keras.layers.ReversibleEmbedding):
 
     zero_factor = "lora_a"
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, tokens, columns, init, **kwargs):
+        super().__init__(tokens, columns, **kwargs)
+        self.init = init
         self._prepare_adapters()
+
+    def build(self, input_shape=None):
+        start = self.init(f"{self.path}/embeddings")
+        self.weight_shape = (self.input_dim, self.output_dim)
+        self._embeddings = None
+        if isinstance(start, PackedStart):
+            self._start_packed("embeddings", start, self.weight_shape)
+        else:
+            self._embeddings = self.add_weight(
+                name="embeddings", shape=self.weight_shape, initializer=start
+            )
+        self.built = True
 
     @property
     def weight(self):
-        """The variable of the table."""
+        """The variable of the table; None if it is quantised."""
         return self._embeddings
+
+    def matrix(self):
+        """The table [V, D]."""
+        return self._embeddings if self.packed is None else self.packed.whole()
+
+    @property
+    def columns(self):
+        """Size of a row, within which quantised groups lie."""
+        return self.output_dim
+
+    def pack(self, packing):
+        """Keep the table in few bits from now on."""
+        table, self._embeddings = self._embeddings, None
+        self._pack("embeddings", table, backend.to_numpy(table), packing)
+
+    def call(self, inputs, reverse=False):
+        """Rows of token ids; or, in reverse, the products of `inputs` with all rows."""
+        if self.packed is None:
+            return super().call(inputs, reverse=reverse)
+        if reverse:
+            return self.packed.to_rows(ops.cast(inputs, self.compute_dtype))
+        return self.packed.rows(ops.cast(inputs, "int32"), self.compute_dtype)
 
     def _starts(self, config, rank):
         # As PEFT, whatever `init` is.
@@ -103,31 +141,11 @@ class TokenEmbedding(Adapted, keras.layers.ReversibleEmbedding):
                 rows = rows * ops.cast(self.gain(factors), rows.dtype)
         return rows
 
-    def quantize(self, mode=None, type_check=True, config=None):
-        """As Keras' class, which checks that it is not a subclass."""
-        super().quantize(mode, type_check=False, config=config)
-
-    def save_own_variables(self, store):
-        super().save_own_variables(store)
-        self._save_factors(store)
-
-    def load_own_variables(self, store):
-        factors = {key for key in store.keys() if "lora_" in key}  # noqa: SIM118
-        self._check_factors(factors)
-        super().load_own_variables(store)
-        self._load_factors(store)
-
-    def _check_load_own_variables(self, store):
-        # Keras expects each weight there, by number; the factors have names, and may
-        # be missing.
-        found = [key for key in store.keys() if "lora_" not in key]  # noqa: SIM118
-        own = self._own_weights()
-        if len(found) != len(own):
-            names = ", ".join(variable.name for variable in own)
-            raise ValueError(
-                f"The file holds {len(found)} weights for {self.path}, which has "
-                f"{names}. {HINT}"
-            )
+    def _stored_weights(self):
+        # Keras numbers what it keeps of an embedding.
+        if self.packed is None:
+            return {"0": self._embeddings}
+        return super()._stored_weights()
 
 
 def adapted_layers(backbone):

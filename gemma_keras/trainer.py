@@ -197,13 +197,14 @@ class TokenTrainer(keras.Model):
                 "There is nothing to learn: pass text, or token ids as x with y, the "
                 "token that follows each position."
             )
-        embeddings = self.backbone.token_embedding.embeddings
+        embeddings = self.backbone.token_embedding.weight
+        train_head = training and embeddings is not None and embeddings.trainable
         totals = token_loss.cross_entropy(
             y_pred,
             y,
             _weights(y, sample_weight),
             self.backbone,
-            train_head=training and embeddings.trainable,
+            train_head=train_head,
         )
         # The mean is over the tokens of all replicas, whose gradients are summed.
         sums = backend.sum_over_replicas(list(map(ops.stop_gradient, totals)))
@@ -265,6 +266,11 @@ class TokenTrainer(keras.Model):
     def _check_trainable(self):
         """Refuse to train what the optimizer, or the forward pass, does not see."""
         self.backbone.adapters.check_unmerged("Training")
+        if self.backbone.packings and not self.backbone.adapters.active:
+            raise ValueError(
+                "The weights are quantised, and codes cannot be trained: call "
+                "enable_lora first, or load the model without quantize."
+            )
         if self.optimizer is None or not self.optimizer.built:
             return
         seen = {id(variable) for variable in self.optimizer._trainable_variables}

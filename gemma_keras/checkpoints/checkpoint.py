@@ -29,7 +29,11 @@ class Checkpoint(abc.ABC):
         config: the `GemmaConfig` that the weights fit.
         dtype: the float type of most weights: `"bfloat16"`, `"float16"` or
             `"float32"`.
+        packings: path of each layer whose matrix is stored as this package quantises,
+            to its `Packing`; empty for every other format.
     """
+
+    packings: dict = {}  # noqa: RUF012
 
     format: str
     path: Path
@@ -51,6 +55,10 @@ class Checkpoint(abc.ABC):
         Raises:
             CheckpointError: the bytes cannot be read.
         """
+
+    def packed(self, path):
+        """The arrays of `quantization.pack` of a matrix whose layer is in `packings`."""
+        raise KeyError(path)
 
     @abc.abstractmethod
     def sources(self, path):

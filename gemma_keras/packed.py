@@ -1,0 +1,284 @@
+"""A frozen matrix in 8 or 4 bits, and its products.
+
+Numbers are restored where they are used, a run of rows at a time that fits the cache,
+so that memory and bandwidth are those of the codes; and again for the backward pass,
+for which nothing is kept.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+from keras import ops
+
+from gemma_keras import backend
+from gemma_keras.quantization import Packing, Quantization, pack
+
+# Restored numbers at a time, in bytes of float32: what decoding reads again at once
+# should still be in the cache, and what many rows of activations share may be larger.
+FEW_BYTES, MANY_BYTES = 2**22, 2**26
+FEW_ROWS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedStart:
+    """What an `init` answers for a weight that is to be kept in few bits.
+
+    Attributes:
+        packing: a `Packing`.
+        read: makes the arrays of `pack`, given the matrix's shape; None for zeros.
+    """
+
+    packing: Packing
+    read: Callable | None = None
+
+
+class PackedMatrix:
+    """A matrix [rows, columns] in few bits, as Keras variables of a layer.
+
+    Attributes:
+        packing: a `Packing`.
+        variables: names, such as `codes`, to variables, as `Packing.shapes` has them.
+        shape: `(rows, columns)`.
+    """
+
+    def __init__(self, layer, prefix, packing, shape, arrays=None):
+        """Adds the variables to a layer.
+
+        Args:
+            layer: a Keras layer, whose path they get.
+            prefix: what their names begin with, such as `kernel`.
+            packing: a `Packing`.
+            shape: `(rows, columns)`.
+            arrays: what `pack` made; zeros if None.
+        """
+        self.packing, self.shape = packing, tuple(shape)
+        self.variables = {}
+        layer._tracker.unlock()
+        for name, (size, dtype) in packing.shapes(*shape).items():
+            self.variables[name] = layer.add_weight(
+                name=f"{prefix}_{name}",
+                shape=size,
+                dtype=dtype,
+                initializer="zeros" if arrays is None else _reader(arrays[name]),
+                trainable=False,
+                autocast=False,
+            )
+        layer._tracker.lock()
+
+    def __getattr__(self, name):
+        try:
+            return self.__dict__["variables"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def _parts(self):
+        """The tensors, codes first."""
+        return tuple(ops.convert_to_tensor(v) for v in self.variables.values())
+
+    def whole(self):
+        """The matrix, float32 [rows, columns]."""
+        return self._restore(self._parts(), "float32")
+
+    def rows(self, indices, dtype):
+        """Rows [..., columns] of integers [...]."""
+        parts = [ops.take(part, indices, axis=0) for part in self._parts()]
+        flat = [ops.reshape(part, (-1, part.shape[-1])) for part in parts]
+        found = self._restore(flat, dtype)
+        return ops.reshape(found, (*ops.shape(indices), self.shape[1]))
+
+    def _restore(self, parts, dtype):
+        """Numbers [r, columns] of the parts' rows; rounded to `dtype` at the end."""
+        codes, scales = parts[0], ops.cast(parts[1], "float32")
+        if self.packing.bits == 8:
+            return ops.cast(ops.cast(codes, "float32") * scales, dtype)
+        low, high = ops.bitwise_and(codes, 15), ops.right_shift(codes, 4)
+        codes = ops.cast(ops.concatenate([low, high], axis=1), "float32")
+        groups = ops.reshape(codes, (-1, scales.shape[1], self.packing.group_size))
+        offsets = ops.cast(parts[2], "float32")
+        numbers = groups * scales[..., None] + offsets[..., None]
+        return ops.cast(ops.reshape(numbers, (-1, self.shape[1])), dtype)
+
+    def to_rows(self, x):
+        """`x` [..., columns] times the transposed matrix: [..., rows]."""
+        return self._product(x, transposed=True)
+
+    def to_columns(self, x):
+        """`x` [..., rows] times the matrix: [..., columns]."""
+        return self._product(x, transposed=False)
+
+    def _product(self, x, transposed):
+        shape = ops.shape(x)
+        flat = ops.reshape(x, (-1, x.shape[-1]))
+        parts = self._parts()
+
+        def forward(x):
+            return self._multiply(x, parts, transposed)
+
+        def backward(slopes):
+            return self._multiply(slopes, parts, not transposed)
+
+        if backend.may_be_differentiated():
+            product = backend.linear(forward, backward, flat)
+        else:
+            product = forward(flat)
+        width = self.shape[0] if transposed else self.shape[1]
+        return ops.reshape(product, (*shape[:-1], width))
+
+    def _multiply(self, x, parts, transposed):
+        """As `_product`, for `x` [n, ...], without a gradient."""
+        rows, columns = self.shape
+        few = x.shape[0] is not None and x.shape[0] <= FEW_ROWS
+        step = _divisor(rows, (FEW_BYTES if few else MANY_BYTES) // (4 * columns))
+        if step < rows:
+            return self._multiply_in_runs(x, parts, transposed, step)
+        # XLA would restore what does not depend on `x` at the beginning of a program,
+        # all matrices at once, and keep it for the backward pass.
+        parts = (backend.not_before(parts[0], x), *parts[1:])
+        return backend.matmul(x, self._restore(parts, x.dtype), transposed)
+
+    def _multiply_in_runs(self, x, parts, transposed, step):
+        """As `_multiply`, `step` rows of the matrix at a time."""
+        count = ops.shape(x)[0]
+        made = (count, self.shape[0] if transposed else self.shape[1])
+
+        def turn(state):
+            start, made = state
+            run = [ops.slice(p, (start, 0), (step, p.shape[1])) for p in parts]
+            matrix = self._restore(run, x.dtype)
+            if transposed:
+                product = backend.matmul(x, matrix, True)
+                made = backend.write_slots(made, product, start, axis=1)
+            else:
+                share = ops.slice(x, (0, start), (count, step))
+                made = made + ops.cast(backend.matmul(share, matrix), "float32")
+            return start + step, made
+
+        state = (backend.counter(0), ops.zeros(made, dtype="float32"))
+        _, made = backend.loop(lambda s: s[0] < self.shape[0], turn, state)
+        return ops.cast(made, x.dtype)
+
+
+def _divisor(rows, most):
+    """The most rows that divide `rows`, up to `most`; `rows` if they would be few.
+
+    Gemma's vocabularies have many divisors; a prime one is restored as a whole.
+    """
+    if rows <= most:
+        return rows
+    found = next(d for d in range(max(most, 1), 0, -1) if rows % d == 0)
+    return found if 16 * found >= most else rows
+
+
+def _reader(array):
+    return lambda shape, dtype: backend.tensor_from_array(array, dtype)
+
+
+class Packable:
+    """A layer with a matrix that may be packed; a mixin for Keras layers.
+
+    Attributes:
+        packed: the `PackedMatrix`, or None while it is a variable of floats.
+    """
+
+    packed = None
+
+    def _start_packed(self, prefix, start, shape):
+        """Build the layer around a matrix [rows, columns] that is packed already."""
+        arrays = None if start.read is None else start.read(shape)
+        self.packed = PackedMatrix(self, prefix, start.packing, shape, arrays)
+
+    def _pack(self, prefix, variable, matrix, packing):
+        """Replace `variable` by `matrix` [rows, columns], a numpy array, rounded."""
+        arrays = pack(matrix, packing)
+        self._untrack_variable(variable)
+        self.packed = PackedMatrix(self, prefix, packing, matrix.shape, arrays)
+
+
+class Quantizable:
+    """What a backbone with `Packable` layers can do; a mixin for `GemmaBackbone`."""
+
+    def _packable(self):
+        """Path to each layer with a matrix."""
+        return {
+            layer.path: layer
+            for layer in self._flatten_layers(include_self=False)
+            if isinstance(layer, Packable)
+        }
+
+    @property
+    def packings(self):
+        """Path of each quantised layer to its `Packing`."""
+        layers = self._packable().items()
+        return {path: layer.packed.packing for path, layer in layers if layer.packed}
+
+    def quantize(
+        self,
+        mode=None,
+        config=None,
+        filters=None,
+        group_size=None,
+        embedding=None,
+        type_check=True,
+    ):
+        """Keep matrices in 8 or 4 bits from now on; activations stay floats.
+
+        The weights are rounded to the nearest code and frozen: what can be trained
+        then are low-rank adapters.
+
+        Args:
+            mode: `"int8"` or `"int4"`.
+            config: in its place, `keras.quantizers.Int8QuantizationConfig` or
+                `Int4QuantizationConfig`, whose `block_size` is taken.
+            filters: regular expression, or a list of them, for the paths of the layers
+                to quantise; all by default.
+            group_size: columns that share a scale in int4, 128 by default.
+            embedding: mode of the embedding, if it is another.
+            type_check: not used; Keras passes it.
+
+        Raises:
+            ValueError: another mode, or the model is quantised already, or has adapters
+                whose updates are merged.
+        """
+        if isinstance(filters, list | tuple):
+            filters = "|".join(f"(?:{pattern})" for pattern in filters)
+        if group_size is None:
+            group_size = getattr(config, "block_size", None) or 128
+        self.pack(Quantization(mode, group_size, embedding, filters))
+
+    def pack(self, quantization):
+        """Keep matrices as a `Quantization` says."""
+        if self.packings:
+            raise ValueError(
+                "This model is quantised already: load it again to quantise it in "
+                "another way."
+            )
+        self.adapters.check_unmerged("Quantising")
+        chosen = {
+            path: quantization.packing(path, layer.columns)
+            for path, layer in self._packable().items()
+        }
+        if not any(chosen.values()):
+            raise ValueError(
+                f"No layer's path matches {quantization.layers!r}; paths are such as "
+                f"{', '.join(list(chosen)[:2])}."
+            )
+        for path, layer in self._packable().items():
+            if chosen[path] is not None:
+                layer.pack(chosen[path])
+
+
+def packed_init(init, packings):
+    """An `init` that answers for some weights that they are packed, with zeros.
+
+    Args:
+        init: for the others.
+        packings: path of a layer to its `Packing`.
+    """
+
+    def start(path):
+        packing = packings.get(path.rsplit("/", 1)[0])
+        named = re.search("/(kernel|embeddings)$", path)
+        return init(path) if packing is None or not named else PackedStart(packing)
+
+    return start
