@@ -73,7 +73,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
                 `"auto"` keeps the checkpoint's.
             load_weights: false gives random weights of the same shapes.
             quantize: `"int8"` or `"int4"`, or a `Quantization` for more: keep matrices
-                in so many bits. Each is rounded as it is read; see docs/quantization.md.
+                in so many bits, each rounded as it is read (docs/quantization.md).
             logits_dtype: as in the constructor.
             progress: called as `progress(done_bytes, total_bytes)` while weights load.
             **preprocessor_settings: arguments of `GemmaCausalLMPreprocessor`, such as
@@ -119,6 +119,8 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             contents.tensors,
             tokenizer=contents.tokenizer,
             preprocessor_config=contents.preprocessor_config,
+            packings=contents.packings,
+            codes=contents.codes,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             strict=False,

@@ -13,6 +13,7 @@ import typer
 from gemma_keras import checkpoints, registry
 from gemma_keras.cli_base import Source, option
 from gemma_keras.console import say, writing
+from gemma_keras.quantization import MODES
 
 Format = enum.StrEnum("Format", {name: name for name in checkpoints.WRITERS})
 
@@ -59,6 +60,10 @@ def convert(
             "source says by default, and gemma if it says nothing."
         ),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        option("Keep weights in few bits: int8 or int4, for keras only."),
+    ] = None,
     force: Annotated[bool, option("Replace an earlier export.", "--force")] = False,
 ):
     """Write a model in another format, for other programs.
@@ -67,6 +72,11 @@ def convert(
     notice that Google's terms ask for, and a provenance.json go along.
     """
     limit = read_size(max_shard_size)
+    if quantize is not None and (to.value != "keras" or quantize not in MODES):
+        raise typer.BadParameter(
+            f"--quantize is {' or '.join(MODES)} and goes with --to keras; gguf has "
+            "--dtype q8_0, q4_0 and others."
+        )
     from gemma_keras.checkpoints import exporting
 
     decoded = dtype if dtype in ("float32", "float16", "bfloat16") else None
@@ -76,7 +86,7 @@ def convert(
         writing(destination) as progress,
     ):
         written = exporting.export(
-            exporting.checkpoint_contents(checkpoint, source, progress),
+            exporting.checkpoint_contents(checkpoint, source, progress, quantize),
             destination,
             to.value,
             dtype=dtype,

@@ -193,3 +193,14 @@ def weight_reader(backbone):
         return backend.to_numpy(value)
 
     return read
+
+
+def codes_reader(backbone):
+    """A function from the path of a quantised weight to its arrays, by their names."""
+    layers = adapted_layers(backbone)
+
+    def read(path):
+        packed = layers[path.rpartition("/")[0]].packed
+        return {name: backend.to_numpy(v) for name, v in packed.variables.items()}
+
+    return read

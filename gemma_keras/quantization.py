@@ -39,6 +39,13 @@ class Packing:
     bits: int
     group_size: int = 0
 
+    def fits(self, columns):
+        """Whether rows of so many numbers can be kept so."""
+        if self.bits == 8:
+            return self.group_size == 0
+        sizes = self.bits == 4 and self.group_size in GROUP_SIZES
+        return sizes and columns % self.group_size == 0
+
     def shapes(self, rows, columns):
         """Name to shape and dtype of the arrays that hold a matrix."""
         if self.bits == 8:
@@ -93,7 +100,8 @@ class Quantization:
                 re.compile(self.layers)
             except (re.error, TypeError) as error:
                 raise ValueError(
-                    f"layers must be a regular expression, got {self.layers!r}: {error}."
+                    f"layers must be a regular expression, got {self.layers!r}: "
+                    f"{error}."
                 ) from None
 
     @classmethod

@@ -9,6 +9,8 @@ def model_contents(lm, progress=None):
     preprocessor, backbone = lm.preprocessor, lm.backbone
     settings = {} if preprocessor is None else preprocessor.get_config()
     settings.pop("tokenizer", None)
+    # With an adapter merged in, the weights are floats.
+    packings = {} if backbone.adapters.active else backbone.packings
     return Contents(
         config=backbone.config,
         tensors=loading.weight_reader(backbone),
@@ -16,6 +18,8 @@ def model_contents(lm, progress=None):
         tokenizer=preprocessor and preprocessor.tokenizer,
         preprocessor_config=settings,
         provenance=lm.provenance.adding(*_changes(lm)),
+        packings=packings,
+        codes=loading.codes_reader(backbone) if packings else None,
         progress=progress,
     )
 

@@ -8,6 +8,7 @@ import importlib
 from pathlib import Path
 
 from gemma_keras.checkpoints.checkpoint import Checkpoint, CheckpointError
+from gemma_keras.checkpoints.keras_layout import QUANTIZED
 
 __all__ = ["WRITERS", "Checkpoint", "CheckpointError", "open_checkpoint"]
 
@@ -19,7 +20,7 @@ WRITERS = {
 }
 
 # In this order for a directory: some hold a GGUF beside the safetensors.
-_FORMATS = ("keras_preset", "hugging_face", "gguf")
+_FORMATS = ("quantized_preset", "keras_preset", "hugging_face", "gguf")
 _SUFFIXES = {
     ".h5": "keras_preset",
     ".weights.json": "keras_preset",
@@ -66,6 +67,8 @@ def _format_of_file(path):
         return "gguf"
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return "keras_preset"
+    if path.name == QUANTIZED:
+        return "quantized_preset"
     # The header of safetensors: its length, which is not huge, and a JSON object.
     if head[4:] == b"\0\0\0\0{":
         return "hugging_face"

@@ -57,7 +57,7 @@ class Checkpoint(abc.ABC):
         """
 
     def packed(self, path):
-        """The arrays of `quantization.pack` of a matrix whose layer is in `packings`."""
+        """What `quantization.pack` made of a matrix whose layer is in `packings`."""
         raise KeyError(path)
 
     @abc.abstractmethod

@@ -11,6 +11,7 @@ from gemma_keras.checkpoints.checkpoint import CheckpointError, check_shape
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
 from gemma_keras.checkpoints.provenance import Provenance
 from gemma_keras.config import GemmaConfig
+from gemma_keras.quantization import pack
 
 # The bits of the exponent, all of which are set in infinity and NaN only.
 _EXPONENTS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
@@ -30,6 +31,10 @@ class Contents:
         tokenizer: A `GemmaTokenizer`, or None.
         preprocessor_config: `sequence_length` and its like, for KerasHub's presets.
         provenance: Where the weights come from, and what was done to them.
+        packings: Path of each layer that is to be kept in few bits, where the format
+            can, to its `quantization.Packing`.
+        codes: A function from the path of such a layer's weight to what
+            `quantization.pack` made of it; None where it is yet to be rounded.
         progress: Called as `progress(done_bytes, total_bytes)` after each weight.
     """
 
@@ -39,6 +44,8 @@ class Contents:
     tokenizer: Any = None
     preprocessor_config: dict = dataclasses.field(default_factory=dict)
     provenance: Provenance = dataclasses.field(default_factory=Provenance)
+    packings: dict = dataclasses.field(default_factory=dict)
+    codes: Callable[[str], dict] | None = None
     progress: Callable[[int, int], None] | None = None
     _done: list = dataclasses.field(default_factory=lambda: [0], repr=False)
 
@@ -71,10 +78,26 @@ class Contents:
                 f"{path}: holds NaN or infinite numbers{cast}; a model with such "
                 "weights is not written."
             )
-        if self.progress is not None:
-            self._done[0] += array.size * FLOAT_DTYPES[self.dtype].itemsize
-            self.progress(self._done[0], self.stored_bytes(self.dtype))
+        self._tell(array.size)
         return array
+
+    def packed(self, path: str) -> dict[str, np.ndarray]:
+        """One weight in few bits, as `quantization.pack` makes it.
+
+        Raises:
+            CheckpointError: as `array`.
+        """
+        if self.codes is not None:
+            self._tell(math.prod(self.config.weight_shapes()[path]))
+            return self.codes(path)
+        layer, _, name = path.rpartition("/")
+        array = self.array(path, None)
+        return pack(array.T if name == "kernel" else array, self.packings[layer])
+
+    def _tell(self, count):
+        if self.progress is not None:
+            self._done[0] += count * FLOAT_DTYPES[self.dtype].itemsize
+            self.progress(self._done[0], self.stored_bytes(self.dtype))
 
 
 def all_finite(array: np.ndarray) -> bool:

@@ -22,18 +22,25 @@ from pathlib import Path
 from gemma_keras.checkpoints import WRITERS, provenance, staging
 from gemma_keras.checkpoints.checkpoint import CheckpointError, some
 from gemma_keras.checkpoints.contents import Contents
+from gemma_keras.quantization import Quantization
 
 FORMATS = tuple(WRITERS)
 
 
-def checkpoint_contents(checkpoint, source, progress=None):
+def checkpoint_contents(checkpoint, source, progress=None, quantize=None):
     """The `Contents` of an open checkpoint.
 
     Args:
         checkpoint: The open `Checkpoint`, which stays open until all is written.
         source: What the user called it.
         progress: As in `Contents`.
+        quantize: A `Quantization`, or what makes one, for formats that can keep it.
     """
+    packings, codes = checkpoint.packings, None
+    if packings:
+        codes = checkpoint.packed
+    elif quantize is not None:
+        packings = Quantization.get(quantize).packings(checkpoint.config)
     return Contents(
         config=checkpoint.config,
         tensors=checkpoint.tensor,
@@ -41,6 +48,8 @@ def checkpoint_contents(checkpoint, source, progress=None):
         tokenizer=checkpoint.tokenizer(),
         preprocessor_config=checkpoint.preprocessor_config(),
         provenance=provenance.Provenance.of(checkpoint, source),
+        packings=packings,
+        codes=codes,
         progress=progress,
     )
 
@@ -197,12 +206,24 @@ def _telling(contents, writer, dtype, licence):
     found = contents.provenance
     origin = f"converted from {found.format} to" if found.format else "written as"
     sentences = [f"The weights were {origin} {writer.FORMAT}."]
+    if contents.packings:
+        sentences.append(_about_bits(contents, writer))
     if dtype != contents.dtype:
         sentences.append(f"They were cast from {contents.dtype} to {dtype}.")
     found = dataclasses.replace(
         found.adding(*sentences), licence=licence or found.licence
     )
     return dataclasses.replace(contents, provenance=found)
+
+
+def _about_bits(contents, writer):
+    bits = sorted({packing.bits for packing in contents.packings.values()})
+    bits = " and ".join(map(str, bits))
+    if writer.FORMAT != "KerasHub preset":
+        return f"They were restored from codes of {bits} bits."
+    if contents.codes is not None:
+        return f"They are the codes of {bits} bits of the source."
+    return f"They were rounded to {bits} bits."
 
 
 @contextlib.contextmanager

@@ -14,12 +14,15 @@ from gemma_keras.checkpoints.checkpoint import (
     CheckpointError,
     build_config,
     check_types,
+    read_json,
 )
 
 CONFIG = "config.json"
 METADATA = "metadata.json"
 WEIGHTS = "model.weights.h5"
 SHARDS = "model.weights.json"
+# In place of these, where weights are kept in few bits: ours, not KerasHub's.
+QUANTIZED = "model.quantized.safetensors"
 TOKENIZER = "tokenizer.json"
 VOCABULARY = "assets/tokenizer/vocabulary.spm"
 PREPROCESSOR = "preprocessor.json"
@@ -300,3 +303,15 @@ def _refuse_variants(three, raw, where):
         raise CheckpointError(
             f"{where}: use_post_ffw_norm and use_post_attention_norm must be equal."
         )
+
+
+def read_preprocessor(directory):
+    """The settings in preprocessor.json, or an empty dict."""
+    where = directory / PREPROCESSOR
+    if not where.is_file():
+        return {}
+    config = read_json(where).get("config")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{where}: has no config.")
+    wanted = ("sequence_length", "add_start_token", "add_end_token")
+    return {key: config[key] for key in wanted if key in config}

@@ -27,7 +27,6 @@ from gemma_keras.checkpoints.keras_layout import (
     CONFIG,
     METADATA,
     OURS,
-    PREPROCESSOR,
     SHARDS,
     VOCABULARY,
     WEIGHTS,
@@ -252,14 +251,7 @@ class KerasPresetCheckpoint(Checkpoint):
 
     def preprocessor_config(self):
         """`sequence_length` and its like, as preprocessor.json has them."""
-        where = self.directory / PREPROCESSOR
-        if not where.is_file():
-            return {}
-        config = read_json(where).get("config")
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{where}: has no config.")
-        wanted = ("sequence_length", "add_start_token", "add_end_token")
-        return {key: config[key] for key in wanted if key in config}
+        return keras_layout.read_preprocessor(self.directory)
 
     def close(self):
         """Closes the shards; arrays keep their own mappings."""

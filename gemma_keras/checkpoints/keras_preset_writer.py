@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_keras.checkpoints import keras_layout, staging
+from gemma_keras.checkpoints import keras_layout, quantized_preset, staging
 from gemma_keras.checkpoints.checkpoint import CheckpointError, some
 from gemma_keras.checkpoints.contents import Contents, shards
 from gemma_keras.checkpoints.keras_layout import (
@@ -22,6 +22,7 @@ from gemma_keras.checkpoints.keras_layout import (
     METADATA,
     OURS,
     PREPROCESSOR,
+    QUANTIZED,
     SHARDS,
     TASK,
     TOKENIZER,
@@ -43,7 +44,7 @@ lm = gemma_keras.models.GemmaCausalLM.from_preset("PATH")
 """
 KERAS_HUB_VERSION = "0.32.0"
 _NAMES = {CONFIG, METADATA, WEIGHTS, SHARDS, TOKENIZER, PREPROCESSOR, TASK, "assets"}
-_NAMES |= {PROVENANCE, CARD, NOTICE}
+_NAMES |= {QUANTIZED, PROVENANCE, CARD, NOTICE}
 _SHARD = re.compile(r"model_\d{5}\.weights\.h5")
 
 
@@ -55,6 +56,8 @@ def save(
     *,
     tokenizer=None,
     preprocessor_config=None,
+    packings=None,
+    codes=None,
     max_shard_size=10.0,
     overwrite=False,
     strict=True,
@@ -73,6 +76,9 @@ def save(
         tokenizer: A `GemmaTokenizer`; without one, only the backbone is written.
         preprocessor_config: A dict with `sequence_length`, `add_start_token` and
             `add_end_token`, each with KerasHub's default.
+        packings: Path of each layer that is kept in few bits to its `Packing`. Such a
+            preset is for this package alone.
+        codes: As in `Contents`.
         max_shard_size: GiB above which the weights are cut into files of that size;
             None for never.
         overwrite: Whether a preset that is there may be replaced. A directory that
@@ -97,8 +103,11 @@ def save(
         dtype=dtype,
         tokenizer=tokenizer,
         preprocessor_config=preprocessor_config or {},
+        packings=packings or {},
+        codes=codes,
     )
-    _check_config(f"{directory}: ", config, strict)
+    if not packings:
+        _check_config(f"{directory}: ", config, strict)
     _check_place(directory, overwrite)
     staging.check_space(directory, stored_bytes(contents, dtype))
     limit = None if max_shard_size is None else max_shard_size * 2**30
@@ -111,11 +120,14 @@ def save(
 
 def check(contents):
     """Says in a warning what KerasHub will not compute as this package does."""
-    _check_config("", contents.config, strict=False)
+    if not contents.packings:
+        _check_config("", contents.config, strict=False)
 
 
 def stored_bytes(contents, dtype):
     """Bytes of the weights."""
+    if contents.packings:
+        return quantized_preset.stored_bytes(contents, dtype)
     return contents.stored_bytes(dtype)
 
 
@@ -159,6 +171,13 @@ def _check_place(directory, overwrite):
 
 
 def _write_weights(folder, contents, dtype, limit):
+    if contents.packings:
+        quantized_preset.write_weights(folder, contents, dtype)
+    else:
+        _write_floats(folder, contents, dtype, limit)
+
+
+def _write_floats(folder, contents, dtype, limit):
     import h5py
 
     config, item_bytes = contents.config, FLOAT_DTYPES[dtype].itemsize

@@ -9,6 +9,8 @@ import json
 import math
 import struct
 
+import numpy as np
+
 from gemma_keras.buffers import aligned_copy
 from gemma_keras.checkpoints.checkpoint import CheckpointError, parse_json
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES, MappedFile
@@ -32,6 +34,9 @@ _ITEM_BYTES = {
     "F64": 8,
 }
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# What weights of few bits are kept in.
+_CODES = {"U8": "uint8", "I8": "int8"}
+_DTYPES = FLOAT_DTYPES | {name: np.dtype(name) for name in _CODES.values()}
 
 
 class SafetensorsFile:
@@ -123,10 +128,19 @@ class SafetensorsFile:
             )
         return _FLOATS[dtype]
 
+    def dtype(self, name):
+        """The tensor's dtype in NumPy's words: a float's, int8 or uint8; else None."""
+        return (_FLOATS | _CODES).get(self._entries[name][0])
+
     def tensor(self, name):
-        """The tensor as a view of the mapped file."""
-        dtype = FLOAT_DTYPES[self.float_dtype(name)]
+        """The tensor of floats as a view of the mapped file."""
+        self.float_dtype(name)
+        return self.array(name)
+
+    def array(self, name):
+        """The tensor, of a dtype that `dtype` knows, as a view of the mapped file."""
         _, shape, start, _ = self._entries[name]
+        dtype = _DTYPES[self.dtype(name)]
         return self._file.array(self._data_start + start, dtype, shape, name)
 
     def same_bytes(self, name, other, other_name):
@@ -148,27 +162,31 @@ class SafetensorsFile:
         self._file.close()
 
 
-def write(path, shapes, dtype, tensor):
+def write(path, shapes, dtype, tensor, metadata=None):
     """Writes a safetensors file, one tensor at a time.
 
     Args:
         path: Where to.
         shapes: Tensor name to its shape, in the order in which they are written.
-        dtype: The float dtype of all of them, in NumPy's words.
+        dtype: The float dtype of all of them, in NumPy's words; or name to dtype,
+            floats, int8 or uint8.
         tensor: A function from a name to its array, of that dtype and shape.
+        metadata: Strings by name for the header.
     """
-    codes = {name: code for code, name in _FLOATS.items()}
+    codes = {name: code for code, name in (_FLOATS | _CODES).items()}
+    dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(shapes, dtype)
     entries, offset = {}, 0
     for name, shape in shapes.items():
-        stop = offset + math.prod(shape) * FLOAT_DTYPES[dtype].itemsize
+        stop = offset + math.prod(shape) * _DTYPES[dtypes[name]].itemsize
         entries[name] = {
-            "dtype": codes[dtype],
+            "dtype": codes[dtypes[name]],
             "shape": list(shape),
             "data_offsets": [offset, stop],
         }
         offset = stop
     # transformers refuses files that do not say which library's tensors they hold.
-    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    told = {"format": "pt", **(metadata or {})}
+    header = json.dumps({"__metadata__": told, **entries}).encode()
     header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
