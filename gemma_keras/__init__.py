@@ -15,6 +15,7 @@ _MODULES = {
     "GemmaConfig": "config",
     "GemmaTokenizer": "tokenizer",
     "PackedDataset": "packing",
+    "Quantization": "quantization",
     "encode_examples": "encoding",
     "read_examples": "readers",
 }

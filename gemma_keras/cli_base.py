@@ -17,6 +17,7 @@ import typer
 import gemma_keras
 from gemma_keras.backend_choice import Backend, choose_backend
 from gemma_keras.console import loading, message, say
+from gemma_keras.quantization import MODES
 
 app = typer.Typer(
     help="Run Gemma on JAX, PyTorch or TensorFlow.",
@@ -36,6 +37,8 @@ class Dtype(enum.StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
 
+
+Bits = enum.StrEnum("Bits", {mode.upper(): mode for mode in MODES})
 
 Source = Annotated[
     str,
@@ -74,6 +77,10 @@ class Model:
     dtype: Annotated[
         Dtype, option("How to hold the weights; as they are stored by default.")
     ] = Dtype.AUTO
+    quantize: Annotated[
+        Bits | None,
+        option("Keep the weights in 8 or 4 bits; as they are held by default."),
+    ] = None
     adapter: Annotated[
         pathlib.Path | None,
         option("Directory of an adapter, as PEFT or `gemma-keras sft` writes it."),
@@ -83,11 +90,16 @@ class Model:
         """The `GemmaCausalLM`, with progress on stderr."""
         with loading(self.source) as progress:
             lm = gemma_keras.GemmaCausalLM.from_preset(
-                self.source, dtype=self.dtype.value, progress=progress
+                self.source,
+                dtype=self.dtype.value,
+                quantize=self.quantize and self.quantize.value,
+                progress=progress,
             )
         if self.adapter is not None:
             lm.load_adapter(self.adapter)
-            lm.merge_adapter(discard=True)
+            # A sum with an update has no codes of few bits.
+            if not lm.backbone.packings:
+                lm.merge_adapter(discard=True)
         return lm
 
 

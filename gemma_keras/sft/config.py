@@ -14,6 +14,7 @@ import typing
 from gemma_keras.chat import LOSS_ON
 from gemma_keras.encoding import TOO_LONG
 from gemma_keras.examples import FORMATS
+from gemma_keras.quantization import MODES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 OPTIMIZERS = ("adamw", "adam", "adafactor", "lion", "muon", "sgd")
@@ -53,6 +54,12 @@ class RunConfig:
         "auto",
         "How to hold the weights; auto is as they are stored.",
         choices=DTYPES,
+        group=MODEL,
+    )
+    quantize: str | None = setting(
+        None,
+        "Keep the frozen weights in 8 or 4 bits (QLoRA).",
+        choices=MODES,
         group=MODEL,
     )
     backend: str | None = setting(
@@ -231,6 +238,8 @@ class RunConfig:
             wrong.append("early_stopping needs validation or validation_split.")
         if self.full and (self.lora_targets or self.dora or self.rslora):
             wrong.append("full trains every weight: LoRA's options have no meaning.")
+        if self.full and self.quantize:
+            wrong.append("quantize freezes the weights, and full trains them.")
         return wrong
 
     @classmethod

@@ -118,7 +118,10 @@ class _Run:
         config = self.config
         with loading(config.preset) as progress:
             lm = GemmaCausalLM.from_preset(
-                config.preset, dtype=config.dtype, progress=progress
+                config.preset,
+                dtype=config.dtype,
+                quantize=config.quantize,
+                progress=progress,
             )
         if not config.full:
             lm.enable_lora(
@@ -145,8 +148,9 @@ class _Run:
             remat=config.remat,
         )
         trained = sum(math.prod(v.shape) for v in lm.trainable_weights)
-        say(f"{trained:,} of {lm.count_params():,} parameters are trained.")
-        self.folder.info |= {"trainable": trained, "parameters": lm.count_params()}
+        count = trained * (not config.full) + lm.config.num_parameters
+        say(f"{trained:,} of {count:,} parameters are trained.")
+        self.folder.info |= {"trainable": trained, "parameters": count}
         return lm
 
     def _make_callbacks(self, total):

@@ -173,15 +173,6 @@ def test_an_adapter_alone_is_what_save_adapter_writes(tmp_path):
         other.export(tmp_path / "c", format="peft")
 
 
-@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`:UserWarning")
-def test_a_model_that_is_quantised_is_not_exported(new_lm, tmp_path):
-    lm = new_lm()
-    lm.quantize("int8")
-    with pytest.raises(ValueError, match="only models with float weights"):
-        lm.export(tmp_path / "m", format="hf")
-    assert not list(tmp_path.iterdir())
-
-
 def test_an_unknown_format_is_refused_with_all_names(lm, tmp_path):
     with pytest.raises(ValueError, match=r"tf_saved_model.*hf, keras, gguf, peft"):
         lm.export(tmp_path / "m", format="pickle")

@@ -8,7 +8,7 @@ import pytest
 import typer.testing
 
 import gemma_keras
-from gemma_keras import checkpoints, cli
+from gemma_keras import checkpoints, cli, registry
 from gemma_keras.cli_convert import read_size
 
 pytestmark = pytest.mark.any_backend
@@ -108,3 +108,41 @@ def test_sizes_are_read_as_people_write_them():
     assert read_size("5GB") == 5e9
     assert read_size("500 mb") == read_size("0.5g") == 5e8
     assert read_size("1234") == read_size("1234B") == 1234
+
+
+def test_few_bits_go_to_a_preset_and_back_to_floats(tmp_path):
+    options = ("--to", "keras", "--quantize", "int4")
+    result = convert(PRESET, tmp_path / "q", *options)
+    assert result.exit_code == 0, result.stderr
+    sizes = [
+        sum(file.stat().st_size for file in folder.glob("model.*"))
+        for folder in (registry.resolve(PRESET), tmp_path / "q")
+    ]
+    # bfloat16 to 4.25 bits, and the norms.
+    assert sizes[1] < 0.3 * sizes[0]
+    facts = json.loads((tmp_path / "q" / "provenance.json").read_text())
+    assert "They were rounded to 4 bits." in facts["modified"]
+    assert convert(tmp_path / "q", tmp_path / "hf", "--to", "hf").exit_code == 0
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    answers = {
+        gemma_keras.GemmaCausalLM.from_preset(tmp_path / name, dtype="float32")
+        .generate(question, max_new_tokens=12)
+        .strip()
+        for name in ("q", "hf")
+    }
+    assert len(answers) == 1
+    assert convert(tmp_path / "q", tmp_path / "again", "--to", "keras").exit_code == 0
+    name = "model.quantized.safetensors"
+    again = (tmp_path / "again" / name).read_bytes()
+    assert again == (tmp_path / "q" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options", [("hf", "int4"), ("gguf", "int8"), ("keras", "int3")]
+)
+def test_few_bits_that_a_format_cannot_keep_are_refused(tmp_path, options):
+    to, quantize = options
+    result = convert(PRESET, tmp_path / "m", "--to", to, "--quantize", quantize)
+    assert result.exit_code == 2
+    assert "goes with --to keras" in result.stderr
+    assert not list(tmp_path.iterdir())

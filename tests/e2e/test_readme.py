@@ -23,6 +23,7 @@ def blocks(language, document=README):
         ("README.md", "my_gemma/config.json"),
         ("docs/lora.md", "my_adapter/README.md"),
         ("docs/training.md", "taught/adapter_config.json"),
+        ("docs/quantization.md", "my_floats/config.json"),
     ],
 )
 def test_the_python_runs(tmp_path, document, made):

@@ -166,6 +166,17 @@ def test_eval_reads_a_text_file_whole(random_preset, tmp_path):
     assert "none.txt" in wrong.stderr
 
 
+def test_an_adapter_is_trained_beside_four_bits(random_preset, tmp_path):
+    given = options(random_preset, tmp_path / "r", quantize="int4", max_steps=2)
+    assert run(RunConfig(**given)) is None
+    assert len(metrics(tmp_path / "r")) == 2
+    options_of_both = [str(random_preset), "--adapter", tmp_path / "r" / "adapter"]
+    result = invoke(
+        "generate", *options_of_both, "Who", "--quantize", "int4", "--max-new-tokens", 3
+    )
+    assert result.exit_code == 0, result.stderr
+
+
 def test_a_finished_run_says_so_and_another_config_is_refused(whole, random_preset):
     given = RunConfig.read(whole / "config.yaml").as_dict()
     before = (whole / "metrics.csv").read_bytes()
