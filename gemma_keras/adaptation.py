@@ -89,7 +89,8 @@ class Adaptation:
             directory: where to; it appears when it is complete.
             name: which one; the adapter in use by default.
             base_model: the model that it belongs to, as Hugging Face calls it, such as
-                `"google/gemma-2b"`, for those who load it elsewhere.
+                `"google/gemma-2b"`, for those who load it elsewhere; by default what
+                it was loaded as, if that tells.
             overwrite: replace an adapter that is there.
         """
         adapters = self.backbone.adapters
@@ -99,7 +100,8 @@ class Adaptation:
             directory,
             peft.Adapter(adapters.configs[name], weights),
             self.config,
-            base_model=base_model,
+            base_model=base_model or self.provenance.base_model,
+            provenance=self.provenance,
             overwrite=overwrite,
         )
 

@@ -114,6 +114,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             contents.tensors,
             tokenizer=contents.tokenizer,
             preprocessor_config=contents.preprocessor_config,
+            provenance=contents.provenance,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             strict=False,
@@ -145,7 +146,6 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
                 nothing is written then.
         """
         if format == "peft":
-            options.setdefault("base_model", self.provenance.base_model)
             self.save_adapter(filepath, **options)
             return pathlib.Path(filepath)
         if format not in exporting.FORMATS:

@@ -12,8 +12,6 @@ A writer is a module with
 - `USE`, Markdown for the model card: what a reader does to run it.
 """
 
-import concurrent.futures
-import contextlib
 import dataclasses
 import importlib
 import os
@@ -113,7 +111,7 @@ def export(
     _check_place(destination, writer, single, overwrite)
     staging.check_space(destination, writer.stored_bytes(contents, dtype))
     files = contents.provenance.files
-    with _hashing(files) as hashes, staging.replacing(destination) as partial:
+    with provenance.hashing(files) as hashes, staging.replacing(destination) as partial:
         facts = contents.provenance.describe(writer.FORMAT, dtype, [])
         settings = Settings(
             dtype=dtype,
@@ -203,14 +201,3 @@ def _telling(contents, writer, dtype, licence):
         found.adding(*sentences), licence=licence or found.licence
     )
     return dataclasses.replace(contents, provenance=found)
-
-
-@contextlib.contextmanager
-def _hashing(files):
-    """Hashes the source beside the writing; gives a function that waits for it."""
-    pool = concurrent.futures.ThreadPoolExecutor(1)
-    jobs = [pool.submit(file.describe) for file in files]
-    try:
-        yield lambda: [job.result() for job in jobs]
-    finally:
-        pool.shutdown(cancel_futures=True)

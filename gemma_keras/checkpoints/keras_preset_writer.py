@@ -29,7 +29,15 @@ from gemma_keras.checkpoints.keras_layout import (
     WEIGHTS,
 )
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
-from gemma_keras.checkpoints.provenance import CARD, NOTICE, PROVENANCE
+from gemma_keras.checkpoints.provenance import (
+    CARD,
+    NOTICE,
+    PROVENANCE,
+    Provenance,
+    hashing,
+    model_card,
+    write_papers,
+)
 
 FORMAT = "KerasHub preset"
 DTYPES = tuple(FLOAT_DTYPES)
@@ -55,6 +63,7 @@ def save(
     *,
     tokenizer=None,
     preprocessor_config=None,
+    provenance=None,
     max_shard_size=10.0,
     overwrite=False,
     strict=True,
@@ -73,6 +82,7 @@ def save(
         tokenizer: A `GemmaTokenizer`; without one, only the backbone is written.
         preprocessor_config: A dict with `sequence_length`, `add_start_token` and
             `add_end_token`, each with KerasHub's default.
+        provenance: The `Provenance`, for the papers that go along; None for no papers.
         max_shard_size: GiB above which the weights are cut into files of that size;
             None for never.
         overwrite: Whether a preset that is there may be replaced. A directory that
@@ -97,15 +107,21 @@ def save(
         dtype=dtype,
         tokenizer=tokenizer,
         preprocessor_config=preprocessor_config or {},
+        provenance=provenance or Provenance(),
     )
     _check_config(f"{directory}: ", config, strict)
     _check_place(directory, overwrite)
     staging.check_space(directory, stored_bytes(contents, dtype))
     limit = None if max_shard_size is None else max_shard_size * 2**30
-    with staging.replacing(directory) as partial:
+    files = contents.provenance.files
+    with hashing(files) as hashes, staging.replacing(directory) as partial:
         partial.mkdir()
         _write_weights(partial, contents, dtype, limit)
         _write_configs(partial, contents, dtype)
+        if provenance is not None:
+            facts = provenance.describe(FORMAT, dtype, hashes())
+            card = model_card(directory.name, contents, facts, USE)
+            write_papers(partial, facts, card)
     return directory
 
 

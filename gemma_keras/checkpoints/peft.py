@@ -22,6 +22,13 @@ from gemma_keras.checkpoints.checkpoint import (
     some,
 )
 from gemma_keras.checkpoints.hugging_face import PREFIXES, weight_name
+from gemma_keras.checkpoints.provenance import (
+    CARD,
+    NOTICE,
+    PROVENANCE,
+    licence_section,
+    write_papers,
+)
 from gemma_keras.checkpoints.safetensors_file import SafetensorsFile
 from gemma_keras.lora_config import (
     ALL_LINEAR,
@@ -32,7 +39,8 @@ from gemma_keras.lora_config import (
     layer_shapes,
 )
 
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NAMES = {CONFIG, WEIGHTS, CARD, NOTICE, PROVENANCE}
 _PICKLE = "adapter_model.bin"
 _ROOT = "base_model.model."
 _PATTERNS = {"alpha_pattern": NUMBER, "rank_pattern": INTEGER}
@@ -55,7 +63,7 @@ _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CARD = """\
 ---
 library_name: peft
-{base}tags:
+{head}tags:
 - lora
 ---
 
@@ -80,6 +88,9 @@ model = peft.PeftModel.from_pretrained(model, "this directory")
 """
 
 
+_TOLD = "Low-rank updates were written, without the model that they belong to."
+
+
 class Adapter(NamedTuple):
     """One adapter: its config and its numbers."""
 
@@ -102,7 +113,9 @@ def _weight(path):
     return f"{path}/{'embeddings' if path == EMBEDDING else 'kernel'}"
 
 
-def write(directory, adapter, config, *, base_model=None, overwrite=False):
+def write(
+    directory, adapter, config, *, base_model=None, provenance=None, overwrite=False
+):
     """Writes an adapter, beside its place, and renames it when it is complete.
 
     Args:
@@ -110,6 +123,8 @@ def write(directory, adapter, config, *, base_model=None, overwrite=False):
         adapter: An `Adapter`.
         config: The `GemmaConfig` of the model that it belongs to.
         base_model: The name of that model, or None.
+        provenance: The `Provenance` of that model, for the papers that go along; None
+            for no papers but the card.
         overwrite: Whether an adapter that is there may be replaced. A directory that
             holds anything else is never touched.
 
@@ -133,7 +148,14 @@ def write(directory, adapter, config, *, base_model=None, overwrite=False):
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(described, indent=2, sort_keys=True)
         (partial / CONFIG).write_text(text + "\n", "utf-8")
-        (partial / CARD).write_text(_card(adapter, config, base_model), "utf-8")
+        licence = provenance and provenance.licence
+        card = _card(adapter, config, base_model, licence)
+        if provenance is None:
+            (partial / CARD).write_text(card, "utf-8")
+        else:
+            # The model itself is not read again for its sha256.
+            facts = provenance.adding(_TOLD).describe("PEFT adapter", "float32", [])
+            write_papers(partial, facts, card)
 
 
 def _tensor_name(path, key):
@@ -151,7 +173,7 @@ def _check_place(directory, overwrite):
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: is a file; name a directory.")
     present = {child.name for child in directory.iterdir()}
-    foreign = present - {CONFIG, WEIGHTS, CARD}
+    foreign = present - _NAMES
     if foreign:
         raise CheckpointError(
             f"{directory}: holds files that are no adapter's ({some(foreign)}) and is "
@@ -205,17 +227,20 @@ def _whole(number):
     return int(number) if number == int(number) else number
 
 
-def _card(adapter, config, base_model):
+def _card(adapter, config, base_model, licence):
     from gemma_keras import __version__
 
-    return _CARD.format(
-        base=f"base_model: {json.dumps(base_model)}\n" if base_model else "",
+    head = f"license: {licence}\n" if licence else ""
+    head += f"base_model: {json.dumps(base_model)}\n" if base_model else ""
+    card = _CARD.format(
+        head=head,
         rank=adapter.lora.rank,
         targets=", ".join(f"`{target}`" for target in adapter.lora.targets),
         layers=config.num_layers,
         width=config.hidden_dim,
         version=__version__,
     )
+    return card + (f"\n{licence_section(licence)}\n" if licence else "")
 
 
 def read(directory, config, embeddings=None):

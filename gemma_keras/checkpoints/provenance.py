@@ -5,6 +5,8 @@ modified, and that a `Notice` goes along. Every export brings a provenance.json,
 model card (README.md) and, under those terms, the notice.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -62,6 +64,21 @@ class SourceFile:
         except OSError:
             pass
         return facts
+
+
+@contextlib.contextmanager
+def hashing(files):
+    """Hashes `SourceFile`s beside other work.
+
+    Yields:
+        A function that waits for it and gives what `describe` of each file gave.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    jobs = [pool.submit(file.describe) for file in files]
+    try:
+        yield lambda: [job.result() for job in jobs]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,6 +216,7 @@ def model_card(title, contents, facts, use) -> str:
         use: What a reader has to do to run it, as Markdown.
     """
     licence, base = facts["licence"], contents.provenance.base_model
+    written = facts["written"]
     head = [f"license: {licence}", "pipeline_tag: text-generation"]
     head += [f"base_model: {base}"] if base else []
     head += ["tags:", f"- {contents.config.family}", "- gemma_keras"]
@@ -210,17 +228,20 @@ def model_card(title, contents, facts, use) -> str:
     parts = ["---", *head, "---", "", f"# {title}", ""]
     parts += [
         f"A {_FAMILIES[contents.config.family]} of {contents.config.num_parameters:,} "
-        f"parameters, written for {facts['written']['format']} in "
-        f"{facts['written']['dtype']} by "
+        f"parameters, written for {written['format']} in {written['dtype']} by "
         f"{facts['tool']} on {facts['date'][:10]} from {origin}.",
         *("", "## Use", "", use.strip(), "", "## What was modified", ""),
         *(f"- {sentence}" for sentence in facts["modified"]),
     ]
     if hashes:
         parts += ["", "The source files, and their sha256:", "", *hashes]
-    parts += ["", "## Licence", ""]
-    if licence == GEMMA:
-        parts.append(_TERMS.format(notice=NOTICE_TEXT).strip())
-    else:
-        parts.append(f"{licence}, as its source.")
+    parts += ["", licence_section(licence)]
     return "\n".join(parts) + "\n"
+
+
+def licence_section(licence) -> str:
+    """The part of a model card that says what the files are under."""
+    text = f"{licence}, as its source."
+    if licence == GEMMA:
+        text = _TERMS.format(notice=NOTICE_TEXT).strip()
+    return f"## Licence\n\n{text}"
