@@ -16,7 +16,9 @@ _MODULES = {
     "GemmaTokenizer": "tokenizer",
     "PackedDataset": "packing",
     "encode_examples": "encoding",
+    "push": "hubs",
     "read_examples": "readers",
+    "upload_preset": "hubs",
 }
 _NAMESPACES = ("models", "samplers")
 

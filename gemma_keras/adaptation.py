@@ -4,6 +4,7 @@ from gemma_keras import backend
 from gemma_keras.checkpoints import peft
 from gemma_keras.lora import DEFAULT
 from gemma_keras.lora_config import LoraConfig
+from gemma_keras.registry import resolve_adapter
 
 
 class Adaptation:
@@ -108,6 +109,10 @@ class Adaptation:
     def load_adapter(self, directory, name=DEFAULT):
         """Add an adapter that PEFT or `save_adapter` wrote, and use it alone.
 
+        Args:
+            directory: its directory, or a hub's handle such as `"hf://me/my-adapter"`.
+            name: what it is called here.
+
         Raises:
             ValueError: the files are damaged or belong to another model, or there is
                 an adapter of this name; nothing was changed.
@@ -117,7 +122,7 @@ class Adaptation:
         def table():
             return backend.to_numpy(self.backbone.token_embedding.weight)
 
-        found = peft.read(directory, self.config, table)
+        found = peft.read(resolve_adapter(directory), self.config, table)
         adapters.add(name, *found)
 
     def load_weights(self, *args, **kwargs):

@@ -5,7 +5,6 @@ import enum
 import functools
 import inspect
 import os
-import pathlib
 import signal
 import sys
 import threading
@@ -65,6 +64,14 @@ BackendOption = Annotated[
 ]
 
 
+AdapterOption = Annotated[
+    str | None,
+    option(
+        "Adapter, as PEFT or `gemma-keras sft` writes it: its directory, or a handle."
+    ),
+]
+
+
 @dataclasses.dataclass
 class Model:
     """The options that say which model runs, and how."""
@@ -74,10 +81,7 @@ class Model:
     dtype: Annotated[
         Dtype, option("How to hold the weights; as they are stored by default.")
     ] = Dtype.AUTO
-    adapter: Annotated[
-        pathlib.Path | None,
-        option("Directory of an adapter, as PEFT or `gemma-keras sft` writes it."),
-    ] = None
+    adapter: AdapterOption = None
 
     def load(self):
         """The `GemmaCausalLM`, with progress on stderr."""

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from gemma_keras import checkpoints, registry
-from gemma_keras.cli_base import Source, option
+from gemma_keras.cli_base import AdapterOption, Source, option
 from gemma_keras.console import say, writing
 
 Format = enum.StrEnum("Format", {name: name for name in checkpoints.WRITERS})
@@ -20,6 +20,7 @@ EXAMPLE = """\
 gemma-keras convert gemma_tiny_en ./tiny-hf --to hf
 gemma-keras convert ./model.gguf ./model-hf --to hf --dtype bfloat16
 gemma-keras convert ./my_model ./my_model.gguf --to gguf --dtype q8_0
+gemma-keras convert gemma_2b_en ./tuned-hf --to hf --adapter ./my_run/adapter
 gemma-keras convert hf://google/gemma-2b ./gemma-2b --to keras --force"""
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -59,15 +60,17 @@ def convert(
             "source says by default, and gemma if it says nothing."
         ),
     ] = None,
+    adapter: AdapterOption = None,
     force: Annotated[bool, option("Replace an earlier export.", "--force")] = False,
 ):
     """Write a model in another format, for other programs.
 
-    Weights are moved one at a time, so that memory holds no model. A model card, the
-    notice that Google's terms ask for, and a provenance.json go along.
+    Weights are moved one at a time, so that memory holds no model; an adapter is merged
+    into them on the way. A model card, the notice that Google's terms ask for, and a
+    provenance.json go along.
     """
     limit = read_size(max_shard_size)
-    from gemma_keras.checkpoints import exporting
+    from gemma_keras.checkpoints import exporting, merging, peft
 
     decoded = dtype if dtype in ("float32", "float16", "bfloat16") else None
     path = registry.resolve(source)
@@ -75,8 +78,17 @@ def convert(
         checkpoints.open_checkpoint(path, dtype=decoded) as checkpoint,
         writing(destination) as progress,
     ):
+        contents = exporting.checkpoint_contents(checkpoint, source, progress)
+        if adapter is not None:
+            where = registry.resolve_adapter(adapter)
+            found = peft.read(
+                where,
+                checkpoint.config,
+                lambda: checkpoint.tensor("token_embedding/embeddings"),
+            )
+            contents = merging.merge(contents, found)
         written = exporting.export(
-            exporting.checkpoint_contents(checkpoint, source, progress),
+            contents,
             destination,
             to.value,
             dtype=dtype,

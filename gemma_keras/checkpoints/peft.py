@@ -38,8 +38,9 @@ from gemma_keras.lora_config import (
     for_layers,
     layer_shapes,
 )
+from gemma_keras.registry import ADAPTER_FILES
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_FILES
 _NAMES = {CONFIG, WEIGHTS, CARD, NOTICE, PROVENANCE}
 _PICKLE = "adapter_model.bin"
 _ROOT = "base_model.model."
@@ -76,18 +77,16 @@ With gemma_keras, on JAX, PyTorch or TensorFlow:
 
 ```python
 lm = gemma_keras.models.GemmaCausalLM.from_preset("the model it belongs to")
-lm.load_adapter("this directory")
+lm.load_adapter("PATH")
 ```
 
 With PEFT:
 
 ```python
 model = transformers.AutoModelForCausalLM.from_pretrained("the model it belongs to")
-model = peft.PeftModel.from_pretrained(model, "this directory")
+model = peft.PeftModel.from_pretrained(model, "PATH")
 ```
 """
-
-
 _TOLD = "Low-rank updates were written, without the model that they belong to."
 
 
@@ -258,6 +257,40 @@ def read(directory, config, embeddings=None):
     Raises:
         CheckpointError: the files are damaged, or mean something else.
     """
+    file, described, where = _open(directory)
+    try:
+        return _Reader(file, described, where, config).read(embeddings)
+    finally:
+        file.close()
+
+
+def check(directory):
+    """Checks all that can be told of an adapter without its model.
+
+    Raises:
+        CheckpointError: the files are damaged, or no adapter of a kind that is read
+            here.
+    """
+    file, _, _ = _open(directory)
+    try:
+        names = set(file.shapes)
+    finally:
+        file.close()
+    swap = {"lora_A.": "lora_B.", "lora_B.": "lora_A."}
+    swap |= {"lora_embedding_A": "lora_embedding_B"}
+    swap |= {"lora_embedding_B": "lora_embedding_A"}
+    halves = [(name, key) for name in names for key in swap if key in name]
+    lonely = [n for n, key in halves if n.replace(key, swap[key]) not in names]
+    if lonely:
+        raise CheckpointError(
+            f"{file.path}: half of an update is missing, beside {some(lonely)}."
+        )
+    if not halves:
+        raise CheckpointError(f"{file.path}: holds no low-rank factors.")
+
+
+def _open(directory):
+    """The open file of an adapter's weights, its checked config and where that is."""
     directory = Path(directory).expanduser()
     where = directory / CONFIG
     if not directory.is_dir() or not where.is_file():
@@ -267,11 +300,7 @@ def read(directory, config, embeddings=None):
     weights = directory / WEIGHTS
     if not weights.is_file():
         raise CheckpointError(_without_weights(directory))
-    file = SafetensorsFile(weights)
-    try:
-        return _Reader(file, described, where, config).read(embeddings)
-    finally:
-        file.close()
+    return SafetensorsFile(weights), described, where
 
 
 def _without_weights(directory):
