@@ -90,8 +90,8 @@ def _unknown(path):
         return f"{path}: the directory is empty."
     if "adapter_config.json" in names:
         return (
-            f"{path}: holds an adapter and no model; name the model that it belongs to, "
-            "and give this with --adapter (in Python, to load_adapter)."
+            f"{path}: holds an adapter and no model; name the model that it belongs "
+            "to, and give this with --adapter (in Python, to load_adapter)."
         )
     if any(name.endswith((".bin", ".ckpt", ".pt", ".pth")) for name in names):
         return (

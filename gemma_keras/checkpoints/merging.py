@@ -22,8 +22,8 @@ def merge(contents, adapter):
     lora, weights = adapter
     if EMBEDDING in weights:
         raise CheckpointError(
-            "The adapter updates the embedding, which cannot be merged: the output head "
-            "is the same table. Give the adapter along, as it is."
+            "The adapter updates the embedding, which cannot be merged: the output "
+            "head is the same table. Pass the adapter on as it is."
         )
 
     def tensors(path):

@@ -11,10 +11,14 @@ import dataclasses
 import hashlib
 import http.server
 import json
+import os
+import pathlib
 import re
 import socket
 import threading
 import urllib.parse
+
+import gemma_keras
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = {
@@ -28,6 +32,7 @@ REPOSITORY = {
 # Who may write where, and with what.
 ME, OURS = "me", "our-lab"
 TOKEN = "hf_right"
+WRONG_TOKEN = "Invalid credentials in Authorization header"
 KAGGLE_USER, KAGGLE_KEY = ME, "right"
 # What Hugging Face stores apart from git.
 LARGE = (".safetensors", ".h5", ".gguf", ".model", ".spm")
@@ -127,9 +132,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 json.loads(body), call
             )
         if not self.is_me():
-            return self.refuse(
-                401, message="Invalid credentials in Authorization header"
-            )
+            return self.refuse(401, message=WRONG_TOKEN)
         if path == "/api/repos/create":
             return self.create_repository(json.loads(body))
         if path == "/api/validate-yaml":
@@ -170,9 +173,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def whoami(self):
         if not self.is_me():
-            return self.refuse(
-                401, message="Invalid credentials in Authorization header"
-            )
+            return self.refuse(401, message=WRONG_TOKEN)
         return self.reply_json({"name": ME, "type": "user", "orgs": [{"name": OURS}]})
 
     def get_repository(self, name, path):
@@ -427,6 +428,26 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             return
         self.wfile.write(data)
+
+
+def client_environment(server, folder, **variables):
+    """What a process needs to take `server` for the hubs, with caches in `folder`."""
+    kept = {key: os.environ[key] for key in ("PATH", "LANG") if key in os.environ}
+    package = pathlib.Path(gemma_keras.__file__).resolve().parent
+    return {
+        **kept,
+        "HOME": str(folder / "home"),
+        "PYTHONPATH": str(package.parent),
+        "PYTHONWARNINGS": "ignore",
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
+        "KAGGLEHUB_CACHE": str(folder / "kaggle"),
+        **variables,
+    }
 
 
 @contextlib.contextmanager

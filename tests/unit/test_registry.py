@@ -6,16 +6,13 @@ own: they read where the hub is, and who the user is, when they are imported.
 
 import dataclasses
 import hashlib
-import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from stand_in_hubs import COMMIT, REPOSITORY
+from stand_in_hubs import COMMIT, REPOSITORY, client_environment
 
 from gemma_keras import registry
 from gemma_keras.config import GemmaConfig
@@ -292,20 +289,7 @@ def fetch(hub, tmp_path):
     """Resolves a source in another process; gives what it prints and whether it can."""
 
     def run(source, **variables):
-        environment = {
-            **{key: os.environ[key] for key in ("PATH", "LANG") if key in os.environ},
-            "HOME": str(tmp_path / "home"),
-            "PYTHONPATH": str(PACKAGE.parent),
-            "PYTHONWARNINGS": "ignore",
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
-            "KAGGLEHUB_CACHE": str(tmp_path / "kaggle"),
-            **variables,
-        }
+        environment = client_environment(hub, tmp_path, **variables)
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, source, variables.get("URL", hub.url)],
             env=environment,
