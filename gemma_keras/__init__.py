@@ -17,7 +17,9 @@ _MODULES = {
     "PackedDataset": "packing",
     "Quantization": "quantization",
     "encode_examples": "encoding",
+    "push": "hubs",
     "read_examples": "readers",
+    "upload_preset": "hubs",
 }
 _NAMESPACES = ("models", "samplers")
 

@@ -4,6 +4,7 @@ from gemma_keras import backend
 from gemma_keras.checkpoints import peft
 from gemma_keras.lora import DEFAULT
 from gemma_keras.lora_config import LoraConfig
+from gemma_keras.registry import resolve_adapter
 
 
 class Adaptation:
@@ -89,7 +90,8 @@ class Adaptation:
             directory: where to; it appears when it is complete.
             name: which one; the adapter in use by default.
             base_model: the model that it belongs to, as Hugging Face calls it, such as
-                `"google/gemma-2b"`, for those who load it elsewhere.
+                `"google/gemma-2b"`, for those who load it elsewhere; by default what
+                it was loaded as, if that tells.
             overwrite: replace an adapter that is there.
         """
         adapters = self.backbone.adapters
@@ -99,12 +101,17 @@ class Adaptation:
             directory,
             peft.Adapter(adapters.configs[name], weights),
             self.config,
-            base_model=base_model,
+            base_model=base_model or self.provenance.base_model,
+            provenance=self.provenance,
             overwrite=overwrite,
         )
 
     def load_adapter(self, directory, name=DEFAULT):
         """Add an adapter that PEFT or `save_adapter` wrote, and use it alone.
+
+        Args:
+            directory: its directory, or a hub's handle such as `"hf://me/my-adapter"`.
+            name: what it is called here.
 
         Raises:
             ValueError: the files are damaged or belong to another model, or there is
@@ -115,7 +122,7 @@ class Adaptation:
         def table():
             return backend.to_numpy(self.backbone.token_embedding.matrix())
 
-        found = peft.read(directory, self.config, table)
+        found = peft.read(resolve_adapter(directory), self.config, table)
         adapters.add(name, *found)
 
     def load_weights(self, *args, **kwargs):

@@ -1,6 +1,7 @@
 """`GemmaCausalLM`: text in, text out, and `fit()` on text."""
 
 import pathlib
+import tempfile
 
 import keras
 from keras import ops
@@ -8,6 +9,7 @@ from keras import ops
 from gemma_keras import (
     data,
     generation,
+    hubs,
     loading,
     loss,
     samplers,
@@ -121,6 +123,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             preprocessor_config=contents.preprocessor_config,
             packings=contents.packings,
             codes=contents.codes,
+            provenance=contents.provenance,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             strict=False,
@@ -152,7 +155,6 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
                 nothing is written then.
         """
         if format == "peft":
-            options.setdefault("base_model", self.provenance.base_model)
             self.save_adapter(filepath, **options)
             return pathlib.Path(filepath)
         if format not in exporting.FORMATS:
@@ -173,6 +175,43 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
         self.backbone.quantize(mode, config, **options)
         # What was compiled reads the weights as they were.
         self.train_function = self.test_function = self.predict_function = None
+
+    def push_to_hub(
+        self, handle, format=None, *, private=True, directory=None, **options
+    ):
+        """Export the model, and upload that to Hugging Face or Kaggle.
+
+        `gemma_keras.push` uploads what is on the disk already, and goes on with a push
+        that was interrupted.
+
+        Args:
+            handle: `"hf://organisation/name"`, or
+                `"kaggle://owner/model/framework/variation"`.
+            format: as in `export`: `"hf"`, `"keras"`, `"gguf"`, or `"peft"` for the
+                adapter in use alone; by default what belongs there.
+            private: whether nobody else may see it.
+            directory: where the export is kept; by default it is removed again.
+            **options: those of `export`, of this format.
+
+        Returns:
+            The address of the model's page.
+
+        Raises:
+            ValueError: it cannot be exported so, or the hub refuses.
+        """
+        destination = hubs.Destination.read(handle)
+        format = format or destination.format
+        if format not in (*exporting.FORMATS, "peft"):
+            raise ValueError(
+                f"{handle}: say in which format, one of "
+                f"{', '.join([*exporting.FORMATS, 'peft'])}; got {format!r}."
+            )
+        destination.check_login()
+        with tempfile.TemporaryDirectory() as scratch:
+            if directory is None:
+                directory = pathlib.Path(scratch, destination.name)
+            written = self.export(directory, format=format, **options)
+            return hubs.push(written, handle, private=private)
 
     @property
     def config(self):

@@ -25,6 +25,7 @@ from gemma_keras import (
     cli_convert,
     cli_data,
     cli_eval,
+    cli_push,
     cli_sft,
     registry,
 )
@@ -301,6 +302,7 @@ def presets(as_json: Json = False):
 command(cli_sft.EXAMPLE)(cli_sft.sft)
 command(cli_eval.EXAMPLE)(cli_eval.eval)
 command(cli_convert.EXAMPLE)(cli_convert.convert)
+command(cli_push.EXAMPLE)(cli_push.push)
 
 
 @command("gemma-keras demo\ngemma-keras demo --backend torch --save-to ./my_model")

@@ -5,7 +5,6 @@ import enum
 import functools
 import inspect
 import os
-import pathlib
 import signal
 import sys
 import threading
@@ -68,6 +67,14 @@ BackendOption = Annotated[
 ]
 
 
+AdapterOption = Annotated[
+    str | None,
+    option(
+        "Adapter, as PEFT or `gemma-keras sft` writes it: its directory, or a handle."
+    ),
+]
+
+
 @dataclasses.dataclass
 class Model:
     """The options that say which model runs, and how."""
@@ -81,10 +88,7 @@ class Model:
         Bits | None,
         option("Keep the weights in 8 or 4 bits; as they are held by default."),
     ] = None
-    adapter: Annotated[
-        pathlib.Path | None,
-        option("Directory of an adapter, as PEFT or `gemma-keras sft` writes it."),
-    ] = None
+    adapter: AdapterOption = None
 
     def load(self):
         """The `GemmaCausalLM`, with progress on stderr."""

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from gemma_keras import checkpoints, registry
-from gemma_keras.cli_base import Source, option
+from gemma_keras.cli_base import AdapterOption, Source, option
 from gemma_keras.console import say, writing
 from gemma_keras.quantization import MODES
 
@@ -21,6 +21,7 @@ EXAMPLE = """\
 gemma-keras convert gemma_tiny_en ./tiny-hf --to hf
 gemma-keras convert ./model.gguf ./model-hf --to hf --dtype bfloat16
 gemma-keras convert ./my_model ./my_model.gguf --to gguf --dtype q8_0
+gemma-keras convert gemma_2b_en ./tuned-hf --to hf --adapter ./my_run/adapter
 gemma-keras convert hf://google/gemma-2b ./gemma-2b --to keras --force"""
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -64,12 +65,14 @@ def convert(
         str | None,
         option("Keep weights in few bits: int8 or int4, for keras only."),
     ] = None,
+    adapter: AdapterOption = None,
     force: Annotated[bool, option("Replace an earlier export.", "--force")] = False,
 ):
     """Write a model in another format, for other programs.
 
-    Weights are moved one at a time, so that memory holds no model. A model card, the
-    notice that Google's terms ask for, and a provenance.json go along.
+    Weights are moved one at a time, so that memory holds no model; an adapter is merged
+    into them on the way. A model card, the notice that Google's terms ask for, and a
+    provenance.json go along.
     """
     limit = read_size(max_shard_size)
     if quantize is not None and (to.value != "keras" or quantize not in MODES):
@@ -77,7 +80,7 @@ def convert(
             f"--quantize is {' or '.join(MODES)} and goes with --to keras; gguf has "
             "--dtype q8_0, q4_0 and others."
         )
-    from gemma_keras.checkpoints import exporting
+    from gemma_keras.checkpoints import exporting, merging, peft
 
     decoded = dtype if dtype in ("float32", "float16", "bfloat16") else None
     path = registry.resolve(source)
@@ -85,8 +88,17 @@ def convert(
         checkpoints.open_checkpoint(path, dtype=decoded) as checkpoint,
         writing(destination) as progress,
     ):
+        contents = exporting.checkpoint_contents(checkpoint, source, progress, quantize)
+        if adapter is not None:
+            where = registry.resolve_adapter(adapter)
+            found = peft.read(
+                where,
+                checkpoint.config,
+                lambda: checkpoint.tensor("token_embedding/embeddings"),
+            )
+            contents = merging.merge(contents, found)
         written = exporting.export(
-            exporting.checkpoint_contents(checkpoint, source, progress, quantize),
+            contents,
             destination,
             to.value,
             dtype=dtype,

@@ -91,7 +91,7 @@ def eval(
     scorer = evaluation.Scorer(lm, window=window, stride=stride, batch_size=batch_size)
     with reading() as progress:
         found = evaluation.perplexity(scorer, samples, texts, progress)
-    facts = {"source": model.source, "adapter": model.adapter and str(model.adapter)}
+    facts = {"source": model.source, "adapter": model.adapter}
     facts |= {"file": str(file), **found.as_dict()}
     facts |= {"window": scorer.window, "stride": scorer.stride}
     if as_json:

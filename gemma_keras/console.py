@@ -59,6 +59,11 @@ def writing(destination):
     return _moving("Writing", "Wrote", destination)
 
 
+def pushing(source):
+    """The same of pushing, for `hubs.push`."""
+    return _moving("Pushing", "Pushed", source)
+
+
 @contextlib.contextmanager
 def _moving(doing, done, name):
     from rich.progress import (

@@ -29,6 +29,10 @@ _KAGGLE_HANDLE = re.compile(r"kaggle://([\w.-]+/){3}[\w.-]+(/\d+)?")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors|model_\d+\.weights\.h5")
 
 
+# Of a low-rank adapter, as PEFT calls them.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
 class SourceError(ValueError):
     """A model that cannot be found or fetched; the message says what to do."""
 
@@ -232,7 +236,8 @@ def resolve(source: str | os.PathLike) -> Path:
             the path of one file, such as a GGUF, in the repository.
 
     Returns:
-        The path of a checkpoint, downloaded to the hub's own cache if need be.
+        The path of a checkpoint, downloaded to the hub's own cache if need be; or of
+        an adapter's directory, where a handle leads to one.
 
     Raises:
         SourceError: it cannot be found or fetched; the message says what to do.
@@ -253,6 +258,16 @@ def resolve(source: str | os.PathLike) -> Path:
     ):
         raise SourceError(f"{source}: there is no such file or directory.")
     return _resolve_preset(find(source))
+
+
+def resolve_adapter(source: str | os.PathLike) -> Path:
+    """The directory of a low-rank adapter: a path, or what a hub's handle leads to.
+
+    Raises:
+        SourceError: it cannot be fetched; the message says what to do.
+    """
+    is_handle = isinstance(source, str) and "://" in source
+    return _fetch(source) if is_handle else Path(source).expanduser()
 
 
 def _resolve_preset(preset):
@@ -297,9 +312,9 @@ def _check_hashes(path, preset):
 
 def _fetch(handle):
     if match := _HF_HANDLE.fullmatch(handle):
-        fetch, hub = functools.partial(_fetch_hf, **match.groupdict()), _HuggingFace
+        fetch, hub = functools.partial(_fetch_hf, **match.groupdict()), HuggingFace
     elif _KAGGLE_HANDLE.fullmatch(handle):
-        fetch, hub = functools.partial(_fetch_kaggle, handle), _Kaggle
+        fetch, hub = functools.partial(_fetch_kaggle, handle), Kaggle
     else:
         raise SourceError(
             f"{handle}: is not a handle that is understood. Write hf://org/name, "
@@ -317,19 +332,19 @@ def _fetch(handle):
 
 
 def _fetch_kaggle(handle):
-    kagglehub = _library("kagglehub")
+    kagglehub = library("kagglehub")
     return kagglehub.model_download(handle.removeprefix("kaggle://"))
 
 
 def _fetch_hf(repo, revision, file):
-    hub = _library("huggingface_hub")
+    hub = library("huggingface_hub")
     if file is not None:
         return hub.hf_hub_download(repo, file, revision=revision)
     try:
         info = hub.HfApi().model_info(repo, revision=revision, timeout=10)
         names = [sibling.rfilename for sibling in info.siblings or ()]
     except Exception as error:
-        if _status(error) is not None:
+        if http_status(error) is not None:
             raise
         return _cached_snapshot(hub, repo, revision, error)
     needed = needed_files(names)
@@ -362,13 +377,14 @@ def _checkpoint_in(folder, files):
 
 
 def needed_files(names: list[str]) -> list[str]:
-    """Chooses the files of a repository that make one checkpoint.
+    """Chooses the files of a repository that make one checkpoint, or an adapter.
 
     Args:
         names: Paths of all its files.
 
     Raises:
-        SourceError: there is no checkpoint among them that could be loaded.
+        SourceError: there is no checkpoint and no adapter among them that could be
+            loaded.
     """
     available = set(names)
     shards = sorted(name for name in names if _SHARD.fullmatch(name))
@@ -382,6 +398,8 @@ def needed_files(names: list[str]) -> list[str]:
         weights = ["model.safetensors"]
     elif "model.safetensors.index.json" in available:
         weights = ["model.safetensors.index.json", *tensors]
+    elif available.issuperset(ADAPTER_FILES):
+        return list(ADAPTER_FILES)
     else:
         ggufs = sorted(name for name in names if name.endswith(".gguf"))
         if len(ggufs) == 1:
@@ -404,14 +422,17 @@ def needed_files(names: list[str]) -> list[str]:
     return [name for name in wanted if name in available] + weights
 
 
-def _library(name):
+def library(name):
+    """Imports the library of a hub; `SourceError` says how to install it."""
     try:
         return __import__(name)
     except ImportError as error:
         raise SourceError(f"needs the package {name}: pip install {name}") from error
 
 
-class _HuggingFace:
+class HuggingFace:
+    """What a message about this hub says."""
+
     name = "Hugging Face"
     login = (
         "Create a token at https://huggingface.co/settings/tokens and run "
@@ -420,15 +441,19 @@ class _HuggingFace:
 
     @staticmethod
     def page(handle):
+        """Address of the model's page."""
         match = _HF_HANDLE.fullmatch(handle)
         return f"https://huggingface.co/{match['repo']}"
 
     @staticmethod
     def has_credentials():
-        return _library("huggingface_hub").get_token() is not None
+        """Whether the library finds a token."""
+        return library("huggingface_hub").get_token() is not None
 
 
-class _Kaggle:
+class Kaggle:
+    """What a message about this hub says."""
+
     name = "Kaggle"
     login = (
         "Create a token at https://www.kaggle.com/settings and save it as "
@@ -437,17 +462,19 @@ class _Kaggle:
 
     @staticmethod
     def page(handle):
+        """Address of the model's page."""
         owner, model = handle.removeprefix("kaggle://").split("/")[:2]
         return f"https://www.kaggle.com/models/{owner}/{model}"
 
     @staticmethod
     def has_credentials():
+        """Whether the library finds a token."""
         import kagglehub.config
 
         return kagglehub.config.get_kaggle_credentials() is not None
 
 
-def _status(error):
+def http_status(error):
     """The HTTP status behind an exception, or None if it never came to one."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -459,7 +486,7 @@ def _status(error):
 
 def _explain(error, hub, handle):
     """What happened and what to do, in a sentence or two."""
-    status, page = _status(error), hub.page(handle)
+    status, page = http_status(error), hub.page(handle)
     accept = f"Accept the licence at {page} with the same account."
     unknown = type(error).__name__ in (
         "RepositoryNotFoundError",

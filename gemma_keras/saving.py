@@ -2,6 +2,7 @@
 
 from gemma_keras import loading
 from gemma_keras.checkpoints.contents import Contents
+from gemma_keras.checkpoints.merging import told
 
 
 def model_contents(lm, progress=None):
@@ -28,13 +29,7 @@ def _changes(lm):
     """What is known to have happened to the weights, a sentence each."""
     adapters = lm.backbone.adapters
     for name in adapters.active:
-        lora = adapters.configs[name]
-        alpha = lora.alpha_of(next(iter(adapters.layers(name))))
-        kind = "DoRA" if lora.dora else "LoRA"
-        yield (
-            f"Low-rank updates ({kind}, rank {lora.rank}, alpha {alpha:g}) of "
-            f"{', '.join(lora.targets)} were merged into the weights."
-        )
+        yield told(adapters.configs[name], next(iter(adapters.layers(name))))
     optimizer = getattr(lm, "optimizer", None)
     steps = 0 if optimizer is None else int(optimizer.iterations.numpy())
     if steps:

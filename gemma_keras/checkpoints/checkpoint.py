@@ -76,6 +76,13 @@ class Checkpoint(abc.ABC):
         """The stored settings of the preprocessor, or an empty dict."""
         return {}
 
+    def told(self):
+        """The bytes of the provenance.json that an export put inside of the file.
+
+        None where the format has no place for it, or nothing is there.
+        """
+        return None
+
     @abc.abstractmethod
     def close(self):
         """Lets go of the files. Arrays that were handed out stay valid."""

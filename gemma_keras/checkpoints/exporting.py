@@ -12,8 +12,6 @@ A writer is a module with
 - `USE`, Markdown for the model card: what a reader does to run it.
 """
 
-import concurrent.futures
-import contextlib
 import dataclasses
 import importlib
 import os
@@ -122,7 +120,7 @@ def export(
     _check_place(destination, writer, single, overwrite)
     staging.check_space(destination, writer.stored_bytes(contents, dtype))
     files = contents.provenance.files
-    with _hashing(files) as hashes, staging.replacing(destination) as partial:
+    with provenance.hashing(files) as hashes, staging.replacing(destination) as partial:
         facts = contents.provenance.describe(writer.FORMAT, dtype, [])
         settings = Settings(
             dtype=dtype,
@@ -224,14 +222,3 @@ def _about_bits(contents, writer):
     if contents.codes is not None:
         return f"They are the codes of {bits} bits of the source."
     return f"They were rounded to {bits} bits."
-
-
-@contextlib.contextmanager
-def _hashing(files):
-    """Hashes the source beside the writing; gives a function that waits for it."""
-    pool = concurrent.futures.ThreadPoolExecutor(1)
-    jobs = [pool.submit(file.describe) for file in files]
-    try:
-        yield lambda: [job.result() for job in jobs]
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -35,6 +35,8 @@ _BLOCK_NAMES = {
     "ffw_linear/kernel": "ffn_down",
     "post_ffw_norm/scale": "post_ffw_norm",
 }
+# Where an export keeps what it would put into provenance.json.
+PROVENANCE_KEY = "gemma_keras.provenance"
 _EMBEDDING = "token_embd.weight"
 _UNUSED = 5
 
@@ -216,6 +218,11 @@ class GGUFCheckpoint(Checkpoint):
             return GemmaTokenizer.from_pieces(pieces, *lists)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
+
+    def told(self):
+        """What an export told of itself, in the file's own keys."""
+        text = self._file.fields.get(PROVENANCE_KEY)
+        return text.encode() if isinstance(text, str) else None
 
     def close(self):
         """Closes the file; arrays keep their own mappings."""

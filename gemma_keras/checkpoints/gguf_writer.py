@@ -12,7 +12,7 @@ import numpy as np
 from gemma_keras import vocabulary
 from gemma_keras.chat import JINJA_TEMPLATE
 from gemma_keras.checkpoints.checkpoint import CheckpointError
-from gemma_keras.checkpoints.gguf import weight_name
+from gemma_keras.checkpoints.gguf import PROVENANCE_KEY, weight_name
 from gemma_keras.checkpoints.gguf_config import config_fields
 from gemma_keras.checkpoints.hugging_face import stored_shape
 from gemma_keras.checkpoints.provenance import GEMMA, NOTICE_TEXT
@@ -168,7 +168,7 @@ def _add_facts(gguf, writer, settings, told):
     if facts["licence"] == GEMMA:
         writer.add_license_link("https://ai.google.dev/gemma/terms")
         writer.add_string("gemma_keras.notice", NOTICE_TEXT.strip())
-    writer.add_string("gemma_keras.provenance", json.dumps(facts))
+    writer.add_string(PROVENANCE_KEY, json.dumps(facts))
     kind = _FLOATS.get(settings.dtype) or _BLOCKS[settings.dtype]
     name = "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"
     writer.add_file_type(gguf.LlamaFileType[name])

@@ -30,7 +30,15 @@ from gemma_keras.checkpoints.keras_layout import (
     WEIGHTS,
 )
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
-from gemma_keras.checkpoints.provenance import CARD, NOTICE, PROVENANCE
+from gemma_keras.checkpoints.provenance import (
+    CARD,
+    NOTICE,
+    PROVENANCE,
+    Provenance,
+    hashing,
+    model_card,
+    write_papers,
+)
 
 FORMAT = "KerasHub preset"
 DTYPES = tuple(FLOAT_DTYPES)
@@ -58,6 +66,7 @@ def save(
     preprocessor_config=None,
     packings=None,
     codes=None,
+    provenance=None,
     max_shard_size=10.0,
     overwrite=False,
     strict=True,
@@ -79,6 +88,7 @@ def save(
         packings: Path of each layer that is kept in few bits to its `Packing`. Such a
             preset is for this package alone.
         codes: As in `Contents`.
+        provenance: The `Provenance`, for the papers that go along; None for no papers.
         max_shard_size: GiB above which the weights are cut into files of that size;
             None for never.
         overwrite: Whether a preset that is there may be replaced. A directory that
@@ -105,16 +115,22 @@ def save(
         preprocessor_config=preprocessor_config or {},
         packings=packings or {},
         codes=codes,
+        provenance=provenance or Provenance(),
     )
     if not packings:
         _check_config(f"{directory}: ", config, strict)
     _check_place(directory, overwrite)
     staging.check_space(directory, stored_bytes(contents, dtype))
     limit = None if max_shard_size is None else max_shard_size * 2**30
-    with staging.replacing(directory) as partial:
+    files = contents.provenance.files
+    with hashing(files) as hashes, staging.replacing(directory) as partial:
         partial.mkdir()
         _write_weights(partial, contents, dtype, limit)
         _write_configs(partial, contents, dtype)
+        if provenance is not None:
+            facts = provenance.describe(FORMAT, dtype, hashes())
+            card = model_card(directory.name, contents, facts, USE)
+            write_papers(partial, facts, card)
     return directory
 
 

@@ -22,6 +22,13 @@ from gemma_keras.checkpoints.checkpoint import (
     some,
 )
 from gemma_keras.checkpoints.hugging_face import PREFIXES, weight_name
+from gemma_keras.checkpoints.provenance import (
+    CARD,
+    NOTICE,
+    PROVENANCE,
+    licence_section,
+    write_papers,
+)
 from gemma_keras.checkpoints.safetensors_file import SafetensorsFile
 from gemma_keras.lora_config import (
     ALL_LINEAR,
@@ -31,8 +38,10 @@ from gemma_keras.lora_config import (
     for_layers,
     layer_shapes,
 )
+from gemma_keras.registry import ADAPTER_FILES
 
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CONFIG, WEIGHTS = ADAPTER_FILES
+_NAMES = {CONFIG, WEIGHTS, CARD, NOTICE, PROVENANCE}
 _PICKLE = "adapter_model.bin"
 _ROOT = "base_model.model."
 _PATTERNS = {"alpha_pattern": NUMBER, "rank_pattern": INTEGER}
@@ -55,7 +64,7 @@ _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CARD = """\
 ---
 library_name: peft
-{base}tags:
+{head}tags:
 - lora
 ---
 
@@ -68,16 +77,17 @@ With gemma_keras, on JAX, PyTorch or TensorFlow:
 
 ```python
 lm = gemma_keras.models.GemmaCausalLM.from_preset("the model it belongs to")
-lm.load_adapter("this directory")
+lm.load_adapter("PATH")
 ```
 
 With PEFT:
 
 ```python
 model = transformers.AutoModelForCausalLM.from_pretrained("the model it belongs to")
-model = peft.PeftModel.from_pretrained(model, "this directory")
+model = peft.PeftModel.from_pretrained(model, "PATH")
 ```
 """
+_TOLD = "Low-rank updates were written, without the model that they belong to."
 
 
 class Adapter(NamedTuple):
@@ -102,7 +112,9 @@ def _weight(path):
     return f"{path}/{'embeddings' if path == EMBEDDING else 'kernel'}"
 
 
-def write(directory, adapter, config, *, base_model=None, overwrite=False):
+def write(
+    directory, adapter, config, *, base_model=None, provenance=None, overwrite=False
+):
     """Writes an adapter, beside its place, and renames it when it is complete.
 
     Args:
@@ -110,6 +122,8 @@ def write(directory, adapter, config, *, base_model=None, overwrite=False):
         adapter: An `Adapter`.
         config: The `GemmaConfig` of the model that it belongs to.
         base_model: The name of that model, or None.
+        provenance: The `Provenance` of that model, for the papers that go along; None
+            for no papers but the card.
         overwrite: Whether an adapter that is there may be replaced. A directory that
             holds anything else is never touched.
 
@@ -133,7 +147,14 @@ def write(directory, adapter, config, *, base_model=None, overwrite=False):
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(described, indent=2, sort_keys=True)
         (partial / CONFIG).write_text(text + "\n", "utf-8")
-        (partial / CARD).write_text(_card(adapter, config, base_model), "utf-8")
+        licence = provenance and provenance.licence
+        card = _card(adapter, config, base_model, licence)
+        if provenance is None:
+            (partial / CARD).write_text(card, "utf-8")
+        else:
+            # The model itself is not read again for its sha256.
+            facts = provenance.adding(_TOLD).describe("PEFT adapter", "float32", [])
+            write_papers(partial, facts, card)
 
 
 def _tensor_name(path, key):
@@ -151,7 +172,7 @@ def _check_place(directory, overwrite):
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: is a file; name a directory.")
     present = {child.name for child in directory.iterdir()}
-    foreign = present - {CONFIG, WEIGHTS, CARD}
+    foreign = present - _NAMES
     if foreign:
         raise CheckpointError(
             f"{directory}: holds files that are no adapter's ({some(foreign)}) and is "
@@ -205,17 +226,20 @@ def _whole(number):
     return int(number) if number == int(number) else number
 
 
-def _card(adapter, config, base_model):
+def _card(adapter, config, base_model, licence):
     from gemma_keras import __version__
 
-    return _CARD.format(
-        base=f"base_model: {json.dumps(base_model)}\n" if base_model else "",
+    head = f"license: {licence}\n" if licence else ""
+    head += f"base_model: {json.dumps(base_model)}\n" if base_model else ""
+    card = _CARD.format(
+        head=head,
         rank=adapter.lora.rank,
         targets=", ".join(f"`{target}`" for target in adapter.lora.targets),
         layers=config.num_layers,
         width=config.hidden_dim,
         version=__version__,
     )
+    return card + (f"\n{licence_section(licence)}\n" if licence else "")
 
 
 def read(directory, config, embeddings=None):
@@ -233,6 +257,40 @@ def read(directory, config, embeddings=None):
     Raises:
         CheckpointError: the files are damaged, or mean something else.
     """
+    file, described, where = _open(directory)
+    try:
+        return _Reader(file, described, where, config).read(embeddings)
+    finally:
+        file.close()
+
+
+def check(directory):
+    """Checks all that can be told of an adapter without its model.
+
+    Raises:
+        CheckpointError: the files are damaged, or no adapter of a kind that is read
+            here.
+    """
+    file, _, _ = _open(directory)
+    try:
+        names = set(file.shapes)
+    finally:
+        file.close()
+    swap = {"lora_A.": "lora_B.", "lora_B.": "lora_A."}
+    swap |= {"lora_embedding_A": "lora_embedding_B"}
+    swap |= {"lora_embedding_B": "lora_embedding_A"}
+    halves = [(name, key) for name in names for key in swap if key in name]
+    lonely = [n for n, key in halves if n.replace(key, swap[key]) not in names]
+    if lonely:
+        raise CheckpointError(
+            f"{file.path}: half of an update is missing, beside {some(lonely)}."
+        )
+    if not halves:
+        raise CheckpointError(f"{file.path}: holds no low-rank factors.")
+
+
+def _open(directory):
+    """The open file of an adapter's weights, its checked config and where that is."""
     directory = Path(directory).expanduser()
     where = directory / CONFIG
     if not directory.is_dir() or not where.is_file():
@@ -242,11 +300,7 @@ def read(directory, config, embeddings=None):
     weights = directory / WEIGHTS
     if not weights.is_file():
         raise CheckpointError(_without_weights(directory))
-    file = SafetensorsFile(weights)
-    try:
-        return _Reader(file, described, where, config).read(embeddings)
-    finally:
-        file.close()
+    return SafetensorsFile(weights), described, where
 
 
 def _without_weights(directory):

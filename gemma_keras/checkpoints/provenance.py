@@ -5,6 +5,8 @@ modified, and that a `Notice` goes along. Every export brings a provenance.json,
 model card (README.md) and, under those terms, the notice.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -64,6 +66,21 @@ class SourceFile:
         return facts
 
 
+@contextlib.contextmanager
+def hashing(files):
+    """Hashes `SourceFile`s beside other work.
+
+    Yields:
+        A function that waits for it and gives what `describe` of each file gave.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    jobs = [pool.submit(file.describe) for file in files]
+    try:
+        yield lambda: [job.result() for job in jobs]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Provenance:
     """The origin of a model and its way here.
@@ -104,7 +121,9 @@ class Provenance:
         """
         preset = registry.known_as(str(source))
         path = checkpoint.path
-        earlier = _own(path if path.is_dir() else path.parent)
+        earlier = read_own(path if path.is_dir() else path.parent)
+        if path.is_file() and (told := checkpoint.told()):
+            earlier = _read(told, path)
         licence = str((earlier or {}).get("licence", GEMMA))
         facts = {"licence": licence if _LICENCE.fullmatch(licence) else GEMMA}
         if preset is not None:
@@ -155,21 +174,31 @@ def _name_for_others(source, preset):
     return re.sub(r"[^\w./:@+-]", "_", text)
 
 
-def _own(directory):
+def read_own(directory) -> dict | None:
     """The provenance.json of an export in `directory`, or None."""
     where = directory / PROVENANCE
     try:
         if where.stat().st_size > _MAX_BYTES:
             return None
-        found = parse_json(where.read_bytes(), where)
-    except (OSError, CheckpointError):
+        return _read(where.read_bytes(), where)
+    except OSError:
+        return None
+
+
+def _read(data, where):
+    """What an export told, parsed; None for what is none of ours."""
+    if len(data) > _MAX_BYTES:
+        return None
+    try:
+        found = parse_json(data, where)
+    except CheckpointError:
         return None
     return found if str(found.get("tool")).startswith("gemma_keras ") else None
 
 
 def read_listing(directory) -> set[str]:
     """Names of the files that an export wrote to `directory`; empty without one."""
-    files = (_own(directory) or {}).get("files")
+    files = (read_own(directory) or {}).get("files")
     return {str(name) for name in files} if isinstance(files, list) else set()
 
 
@@ -195,7 +224,8 @@ def model_card(title, contents, facts, use) -> str:
     Args:
         title: The name of the model.
         contents: The `Contents` that were written.
-        facts: From `Provenance.describe`.
+        facts: From `Provenance.describe`; `written` is None where files are passed on
+            as they were found.
         use: What a reader has to do to run it, as Markdown.
     """
     licence, base = facts["licence"], contents.provenance.base_model
@@ -203,24 +233,34 @@ def model_card(title, contents, facts, use) -> str:
     head += [f"base_model: {base}"] if base else []
     head += ["tags:", f"- {contents.config.family}", "- gemma_keras"]
     source = facts["source"]
-    origin = f"`{source['name']}` ({source['format']})" if source["name"] else "memory"
     hashes = [
         f"- `{f['name']}`: {f['sha256']}" for f in source["files"] if "sha256" in f
     ]
     parts = ["---", *head, "---", "", f"# {title}", ""]
     parts += [
         f"A {_FAMILIES[contents.config.family]} of {contents.config.num_parameters:,} "
-        f"parameters, written for {facts['written']['format']} in "
-        f"{facts['written']['dtype']} by "
-        f"{facts['tool']} on {facts['date'][:10]} from {origin}.",
+        f"parameters, {_how_made(facts)}.",
         *("", "## Use", "", use.strip(), "", "## What was modified", ""),
         *(f"- {sentence}" for sentence in facts["modified"]),
     ]
     if hashes:
         parts += ["", "The source files, and their sha256:", "", *hashes]
-    parts += ["", "## Licence", ""]
-    if licence == GEMMA:
-        parts.append(_TERMS.format(notice=NOTICE_TEXT).strip())
-    else:
-        parts.append(f"{licence}, as its source.")
+    parts += ["", licence_section(licence)]
     return "\n".join(parts) + "\n"
+
+
+def _how_made(facts):
+    source, written = facts["source"], facts["written"]
+    origin = f"`{source['name']}` ({source['format']})" if source["name"] else "memory"
+    by = f"by {facts['tool']} on {facts['date'][:10]}"
+    if written is None:
+        return f"passed on {by} as it was found in {origin}"
+    return f"written for {written['format']} in {written['dtype']} {by} from {origin}"
+
+
+def licence_section(licence) -> str:
+    """The part of a model card that says what the files are under."""
+    text = f"{licence}, as its source."
+    if licence == GEMMA:
+        text = _TERMS.format(notice=NOTICE_TEXT).strip()
+    return f"## Licence\n\n{text}"

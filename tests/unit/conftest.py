@@ -1,10 +1,16 @@
-"""A vocabulary of Gemma's layout, small enough to train while the tests start."""
+"""What tests of one module share: a small vocabulary, and stand-ins of the hubs."""
 
 import io
+import pathlib
+import sys
 
 import hypothesis
 import pytest
 import sentencepiece
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from stand_in_hubs import serve
 
 from gemma_keras.tokenizer import GemmaTokenizer
 
@@ -83,3 +89,10 @@ def train_small():
 def small(small_proto) -> GemmaTokenizer:
     """The tokenizer of `small_proto`."""
     return GemmaTokenizer(small_proto)
+
+
+@pytest.fixture
+def hub():
+    """A server that stands in for both hubs; see `stand_in_hubs`."""
+    with serve() as server:
+        yield server

@@ -4,20 +4,15 @@ The hubs' own libraries talk to a server on this machine, each time in a process
 own: they read where the hub is, and who the user is, when they are imported.
 """
 
-import base64
 import dataclasses
 import hashlib
-import http.server
-import json
-import os
 import re
-import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
+from stand_in_hubs import COMMIT, REPOSITORY, client_environment
 
 from gemma_keras import registry
 from gemma_keras.config import GemmaConfig
@@ -271,121 +266,6 @@ def test_repositories_without_a_checkpoint(names, message):
 
 # Stand-ins of the hubs
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REPOSITORY = {
-    "config.json": b'{"model_type": "gemma"}',
-    "tokenizer.model": b"not a tokenizer",
-    "tokenizer.json": b"large and not needed",
-    "model.safetensors": b"x" * 5000,
-    "README.md": b"not needed",
-    "gemma-2b.gguf": b"GGUF not needed",
-}
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Speaks enough of both hubs' protocols; `server.status` is what it answers."""
-
-    def log_message(self, *arguments):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        server, path = self.server, self.path.split("?")[0]
-        server.requests.append(f"{self.command} {path}")
-        if server.status != 200:
-            return self.refuse()
-        api = re.fullmatch(
-            r"/api/models/google/gemma-2b(?:/(revision|tree)/(\w+))?", path
-        )
-        if api and api[2] not in (None, "main", COMMIT, "v1"):
-            return self.refuse(404, "RevisionNotFound")
-        if api and api[1] == "tree":
-            entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": COMMIT}
-                for name, data in REPOSITORY.items()
-            ]
-            return self.reply(json.dumps(entries).encode())
-        if api:
-            siblings = [{"rfilename": name} for name in REPOSITORY]
-            info = {"id": "google/gemma-2b", "sha": COMMIT, "siblings": siblings}
-            return self.reply(json.dumps(info).encode())
-        file = re.fullmatch(r"/google/gemma-2b/resolve/\w+/(.+)", path)
-        if file and file[1] in REPOSITORY:
-            return self.reply(REPOSITORY[file[1]], True)
-        if path.startswith("/files/"):
-            return self.reply(REPOSITORY[path.removeprefix("/files/")], True)
-        return self.refuse(404, "EntryNotFound" if file else "RepoNotFound")
-
-    def do_POST(self):
-        """Kaggle's remote procedure calls."""
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        call = self.path.rsplit("/", 1)[1]
-        server.requests.append(call)
-        if server.status != 200:
-            return self.refuse()
-        if body["instanceSlug"] != "gemma_2b_en":
-            return self.refuse(404)
-        if call == "GetModelInstance":
-            return self.reply(json.dumps({"versionNumber": 3}).encode())
-        if call == "ListModelInstanceVersionFiles":
-            files = [{"name": name} for name in REPOSITORY]
-            return self.reply(json.dumps({"files": files}).encode())
-        self.send_response(302)
-        self.send_header("Location", f"{server.url}/files/{body['path']}")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-        return None
-
-    def refuse(self, status=None, code=None):
-        status = status or self.server.status
-        self.send_response(status)
-        code = code or self.server.code
-        if code:
-            self.send_header("X-Error-Code", code)
-        self.send_header("Content-Type", "application/json")
-        data = json.dumps({"error": "no", "code": status, "message": "no"}).encode()
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def reply(self, data, is_file=False):
-        self.send_response(200)
-        kind = "application/octet-stream" if is_file else "application/json"
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
-        digest = base64.b64encode(hashlib.md5(data).digest()).decode()
-        self.send_header("X-Goog-Hash", f"md5={digest}")
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if self.server.truncate and len(data) > 1000:
-            self.wfile.write(data[:1000])
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        self.wfile.write(data)
-
-
-@pytest.fixture
-def hub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    server.requests, server.status, server.code = [], 200, None
-    server.truncate = False
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 SCRIPT = """
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -409,20 +289,7 @@ def fetch(hub, tmp_path):
     """Resolves a source in another process; gives what it prints and whether it can."""
 
     def run(source, **variables):
-        environment = {
-            **{key: os.environ[key] for key in ("PATH", "LANG") if key in os.environ},
-            "HOME": str(tmp_path / "home"),
-            "PYTHONPATH": str(PACKAGE.parent),
-            "PYTHONWARNINGS": "ignore",
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
-            "KAGGLEHUB_CACHE": str(tmp_path / "kaggle"),
-            **variables,
-        }
+        environment = client_environment(hub, tmp_path, **variables)
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, source, variables.get("URL", hub.url)],
             env=environment,
