@@ -130,9 +130,9 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             format: `"hf"` (Hugging Face: transformers, vLLM and others), `"gguf"`
                 (llama.cpp and others), `"torch"` (gemma_pytorch), `"nemo"` (NVIDIA NeMo
                 and Megatron-Bridge) or `"keras"` (KerasHub); or one of Keras' own, such
-                as `"tf_saved_model"` and `"onnx"`, which `keras.Model.export`
-                writes. `"peft"` writes the adapter in use alone, as `save_adapter`,
-                whose options it takes.
+                as `"tf_saved_model"` and `"onnx"`, or `"torch"` for a name that ends in
+                `.pt2`, which `keras.Model.export` writes. `"peft"` writes the adapter
+                in use alone, as `save_adapter`, whose options it takes.
             **options: of the first five: `dtype` to store the weights in,
                 `max_shard_size` in bytes, `overwrite` to replace an earlier export,
                 `licence` if the weights are not under Gemma's terms, `progress`,
@@ -150,7 +150,9 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             options.setdefault("base_model", self.provenance.base_model)
             self.save_adapter(filepath, **options)
             return pathlib.Path(filepath)
-        if format not in exporting.FORMATS:
+        # Keras has a "torch", too: torch.export's programs, whose names end so.
+        program = format == "torch" and str(filepath).endswith(".pt2")
+        if format not in exporting.FORMATS or program:
             try:
                 return super().export(filepath, format=format, **options)
             except ValueError as error:

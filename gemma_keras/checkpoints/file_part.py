@@ -4,8 +4,8 @@ import io
 
 from gemma_keras.checkpoints.mapped_file import MappedFile
 
-# Far above the lists of contents and the pickles of any Gemma. Libraries read as much as
-# an archive tells them to; a hostile one must not fill the memory.
+# Far above the lists of contents and the pickles of any Gemma. Libraries read as much
+# as an archive tells them to; a hostile one must not fill the memory.
 MAX_READ = 2**21
 
 

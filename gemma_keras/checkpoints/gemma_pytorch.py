@@ -90,6 +90,23 @@ def scaler_name(name):
     return f"{name.removesuffix('weight')}weight_scaler"
 
 
+def published_config(shapes, embedding=EMBEDDINGS[0]):
+    """The published Gemma that has tensors of these shapes, or None.
+
+    Args:
+        shapes: Tensor name to its shape.
+        embedding: Name of the embedding, whose rows may be any number.
+    """
+    layers = {name.split(".")[2] for name in shapes if ".layers." in name}
+    rows = shapes[embedding][:1]
+    for known in registry.architectures().values() if rows else ():
+        config = dataclasses.replace(known, vocab_size=rows[0])
+        expected = stored_shapes(config, embedding)
+        if len(layers) == config.num_layers and expected.items() <= shapes.items():
+            return config
+    return None
+
+
 def recognises(path):
     """Whether the directory `path` holds such files."""
     return (path / INDEX).is_file() or any(path.glob("*.ckpt"))
@@ -216,18 +233,10 @@ class GemmaPytorchCheckpoint(Checkpoint):
         # Google's own archives have a config.json that says nothing of the model.
         if where.is_file() and "model_type" in read_json(where):
             return read_config(self.directory)
-        return self._guess_config()
-
-    def _guess_config(self):
-        """The published architecture that has the shapes of these tensors."""
         shapes = {name: owner.shapes[name] for name, owner in self._owners.items()}
-        layers = {name.split(".")[2] for name in shapes if ".layers." in name}
-        rows = shapes[self._embedding][:1]
-        for known in registry.architectures().values() if rows else ():
-            config = dataclasses.replace(known, vocab_size=rows[0])
-            expected = stored_shapes(config, self._embedding)
-            if len(layers) == config.num_layers and expected.items() <= shapes.items():
-                return config
+        config = published_config(shapes, self._embedding)
+        if config is not None:
+            return config
         raise CheckpointError(
             f"{self._where()}: has no config, and its shapes are not those of a "
             "published Gemma. Put the config.json of the same model beside it, as "

@@ -51,16 +51,25 @@ _EXPORT_BRIDGE = (
 
 def recognises(path):
     """Whether the directory `path` is NeMo's or Megatron-Bridge's."""
-    return (path / CONFIG).is_file() or _refusal(path) is not None
+    unpacked = (path / CONFIG).is_file()
+    return unpacked or any(path.glob("*.nemo")) or _refusal(path) is not None
 
 
 def open_checkpoint(path, config=None, dtype=None):
-    """Opens an archive, or a directory that was unpacked from one.
+    """Opens an archive, the only one of a directory, or what was unpacked from one.
 
     `dtype` is of no consequence: nothing that this reads is quantised.
     """
     if path.is_dir() and not (path / CONFIG).is_file():
-        raise CheckpointError(_refusal(path))
+        found = sorted(path.glob("*.nemo"))
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{path}: holds {len(found)} .nemo files; name the one to load: "
+                f"{some(file.name for file in found)}."
+            )
+        if not found:
+            raise CheckpointError(_refusal(path))
+        path = found[0]
     return NemoCheckpoint(path, config)
 
 
@@ -238,7 +247,7 @@ class NemoCheckpoint(Checkpoint):
             )
 
     def tensor(self, path):
-        """A view of the mapped file, transposed for kernels; of several groups a copy."""
+        """A view of the mapped file, transposed for kernels; or a copy, of groups."""
         name, config = self._names[path], self.config
         array = self._file.tensor(name, megatron_layout.rows(path, config))
         if path.endswith("scale"):

@@ -1,4 +1,4 @@
-"""model_config.yaml of classic NeMo archives: Gemma 1, and Gemma 2 as NeMo 24.09 has it.
+"""model_config.yaml of classic NeMo archives, which hold Gemma 1 and Gemma 2.
 
 `read_config` and `config_fields` are each other's inverse. NeMo's own keys are those of
 MegatronGPTModel; what they do not say, its Gemma fixes.
@@ -144,7 +144,8 @@ def _check_fixed(raw, where):
             value = _ABSENT.get(key, expected)
         if value != expected and value not in _ALSO.get(key, ()):
             raise CheckpointError(
-                f"{where}: {key} is {reprlib.repr(value)}; a Gemma of NeMo has {expected!r}."
+                f"{where}: {key} is {reprlib.repr(value)}; a Gemma of NeMo has "
+                f"{expected!r}."
             )
 
 

@@ -8,10 +8,10 @@ from gemma_keras.registry import architecture_like
 
 NEMO2, BRIDGE = "finetune_nemo2.py", "finetune_bridge.py"
 USE = """\
-The files are those of a Hugging Face model: transformers and vLLM load the directory too.
-The scripts import it and start a fine-tuning with LoRA on `DATA/training.jsonl` and
-`DATA/validation.jsonl`, a line each `{"input": "...", "output": "..."}`. They need a GPU
-and NVIDIA's container.
+The files are those of a Hugging Face model: transformers and vLLM load the directory
+too. The scripts import it and start a fine-tuning with LoRA on `DATA/training.jsonl`
+and `DATA/validation.jsonl`, a line each `{"input": "...", "output": "..."}`. They need
+a GPU and NVIDIA's container.
 
 With Megatron-Bridge (`nvcr.io/nvidia/nemo:25.09` and later; Gemma 1 up to version 0.6):
 

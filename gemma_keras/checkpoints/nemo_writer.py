@@ -23,11 +23,10 @@ from gemma_keras.checkpoints import (
     nemo_scripts,
     provenance,
 )
-from gemma_keras.checkpoints.hugging_face import stored_shape
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
 from gemma_keras.checkpoints.nemo import CONFIG, OURS, WEIGHTS
 from gemma_keras.checkpoints.torch_file import torch_library
-from gemma_keras.checkpoints.torch_file_writer import Tensor, nbytes, write_archive
+from gemma_keras.checkpoints.torch_file_writer import Tensor, write_archive
 
 FORMAT = "NVIDIA NeMo"
 DTYPES = tuple(FLOAT_DTYPES)
@@ -43,7 +42,7 @@ python examples/nlp/language_modeling/tuning/megatron_gpt_finetuning.py \\
     model.data.validation_ds.file_names=[validation.jsonl]
 ```
 
-Later programs import the directory that `gemma-keras convert PATH DEST --to nemo` makes.
+Later programs import a directory: `gemma-keras convert PATH DEST --to nemo` makes one.
 """
 _PRECISION = {"float32": 32, "float16": 16, "bfloat16": "bf16"}
 _BLOCK = 512

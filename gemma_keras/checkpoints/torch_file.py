@@ -153,7 +153,7 @@ class TorchFile:
         return aliases
 
     def _extra(self, key, value):
-        """A value beside the weights; a tensor as an array, None if it is unreadable."""
+        """A value beside the weights; a tensor as an array, or None."""
         torch = torch_library(self.name)
         if not isinstance(value, torch.Tensor):
             return value
@@ -211,7 +211,7 @@ class TorchFile:
 
 
 class _Archive:
-    """The zip archive: a list of contents, each stored as it is and in its own place."""
+    """The zip archive: members, each stored as it is and in its own place."""
 
     def __init__(self, part, name):
         self._part = part

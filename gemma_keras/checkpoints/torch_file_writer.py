@@ -22,6 +22,8 @@ ALIGNMENT = 64
 # torch pads in an extra field of this name.
 _PADDING = 0x4246
 _LOCAL_HEADER, _ZIP64_FIELD = 30, 20
+# Members of this many bytes may need a longer header.
+_LONG = 2**31
 _FOLDER = "archive"
 _STORAGES = {
     "float64": "DoubleStorage",
@@ -74,7 +76,7 @@ class Tensor:
 def _pickled(content, names, torch):
     """The pickle of `content`, in which tensors are as torch pickles them."""
 
-    class Pickler(pickle.Pickler):
+    class _Pickler(pickle.Pickler):
         def persistent_id(self, thing):
             return thing.identity if isinstance(thing, _Storage) else None
 
@@ -90,7 +92,7 @@ def _pickled(content, names, torch):
             return torch._utils._rebuild_tensor_v2, arguments
 
     memory = io.BytesIO()
-    Pickler(memory, protocol=2).dump(content)
+    _Pickler(memory, protocol=2).dump(content)
     return memory.getvalue()
 
 
@@ -115,8 +117,7 @@ def _add(archive, name, data):
 def _member(archive, name, count):
     """A member of `count` bytes that begins on a border of 64 bytes, for writing."""
     info = zipfile.ZipInfo(f"{_FOLDER}/{name}")
-    # 4 GB in a member need a longer header.
-    long = count >= 2**31
+    long = count >= _LONG
     start = archive.start_dir + _LOCAL_HEADER + len(info.filename)
     start += 4 + (_ZIP64_FIELD if long else 0)
     padding = -start % ALIGNMENT
