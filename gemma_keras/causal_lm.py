@@ -69,8 +69,8 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
 
         Args:
             source: a preset's name such as `"gemma_2b_en"` (`gemma-keras presets` lists
-                them); a directory, Hugging Face's or KerasHub's; a `.gguf` file; or
-                `"kaggle://..."` or `"hf://..."`.
+                them); a directory, Hugging Face's, KerasHub's or gemma_pytorch's; a
+                `.gguf`, `.ckpt` or `.nemo` file; or `"kaggle://..."` or `"hf://..."`.
             dtype: a Keras dtype or policy, such as `"float32"` or `"mixed_bfloat16"`;
                 `"auto"` keeps the checkpoint's.
             load_weights: false gives random weights of the same shapes.
@@ -138,14 +138,16 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
         Args:
             filepath: where to; it appears when it is complete.
             format: `"hf"` (Hugging Face: transformers, vLLM and others), `"gguf"`
-                (llama.cpp and others) or `"keras"` (KerasHub); or one of Keras' own,
-                such as `"tf_saved_model"` and `"onnx"`, which `keras.Model.export`
-                writes. `"peft"` writes the adapter in use alone, as `save_adapter`,
-                whose options it takes.
-            **options: of the first three: `dtype` to store the weights in,
+                (llama.cpp and others), `"torch"` (gemma_pytorch), `"nemo"` (NVIDIA NeMo
+                and Megatron-Bridge) or `"keras"` (KerasHub); or one of Keras' own, such
+                as `"tf_saved_model"` and `"onnx"`, or `"torch"` for a name that ends in
+                `.pt2`, which `keras.Model.export` writes. `"peft"` writes the adapter
+                in use alone, as `save_adapter`, whose options it takes.
+            **options: of the first five: `dtype` to store the weights in,
                 `max_shard_size` in bytes, `overwrite` to replace an earlier export,
-                `licence` if the weights are not under Gemma's terms, and `progress`,
-                called as `progress(done_bytes, total_bytes)`. Else those of Keras.
+                `licence` if the weights are not under Gemma's terms, `progress`,
+                called as `progress(done_bytes, total_bytes)`, and `report`, called
+                with what the format does to the numbers. Else those of Keras.
 
         Returns:
             The path of what was written; None from Keras' formats.
@@ -157,7 +159,9 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
         if format == "peft":
             self.save_adapter(filepath, **options)
             return pathlib.Path(filepath)
-        if format not in exporting.FORMATS:
+        # Keras has a "torch", too: torch.export's programs, whose names end so.
+        program = format == "torch" and str(filepath).endswith(".pt2")
+        if format not in exporting.FORMATS or program:
             try:
                 return super().export(filepath, format=format, **options)
             except ValueError as error:

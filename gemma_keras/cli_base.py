@@ -43,8 +43,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="Preset name (see `gemma-keras presets`), directory, .gguf file, "
-        "kaggle://... or hf://... handle.",
+        help="Preset name (see `gemma-keras presets`), directory, file (.gguf, .ckpt, "
+        ".nemo ...), kaggle://... or hf://... handle.",
     ),
 ]
 Debug = Annotated[

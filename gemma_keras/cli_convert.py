@@ -22,6 +22,7 @@ gemma-keras convert gemma_tiny_en ./tiny-hf --to hf
 gemma-keras convert ./model.gguf ./model-hf --to hf --dtype bfloat16
 gemma-keras convert ./my_model ./my_model.gguf --to gguf --dtype q8_0
 gemma-keras convert gemma_2b_en ./tuned-hf --to hf --adapter ./my_run/adapter
+gemma-keras convert ./gemma-2b.ckpt ./gemma-2b.nemo --to nemo
 gemma-keras convert hf://google/gemma-2b ./gemma-2b --to keras --force"""
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -40,7 +41,8 @@ def convert(
     destination: Annotated[
         pathlib.Path,
         typer.Argument(
-            metavar="DEST", help="Directory to write; or a .gguf file, for gguf."
+            metavar="DEST",
+            help="Directory to write; or a file .gguf, .ckpt (torch) or .nemo.",
         ),
     ],
     to: Annotated[Format, option("Format to write.", "--to")],
@@ -48,7 +50,8 @@ def convert(
         str | None,
         option(
             "How to store the weights: float32, bfloat16, float16, or for gguf also "
-            "q8_0, q5_1, q5_0, q4_1, q4_0; as they are stored by default."
+            "q8_0, q5_1, q5_0, q4_1, q4_0, for torch int8; as they are stored by "
+            "default."
         ),
     ] = None,
     max_shard_size: Annotated[
@@ -83,7 +86,7 @@ def convert(
     from gemma_keras.checkpoints import exporting, merging, peft
 
     decoded = dtype if dtype in ("float32", "float16", "bfloat16") else None
-    path = registry.resolve(source)
+    path, told = registry.resolve(source), []
     with (
         checkpoints.open_checkpoint(path, dtype=decoded) as checkpoint,
         writing(destination) as progress,
@@ -105,6 +108,9 @@ def convert(
             max_shard_size=limit,
             overwrite=force,
             licence=licence,
+            report=told.append,
         )
+    for sentence in told:
+        say(sentence)
     say("What was done to the weights, and what they are under, is told beside them.")
     print(written)

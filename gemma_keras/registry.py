@@ -255,6 +255,8 @@ def resolve(source: str | os.PathLike) -> Path:
         ".gguf",
         ".safetensors",
         ".h5",
+        ".ckpt",
+        ".nemo",
     ):
         raise SourceError(f"{source}: there is no such file or directory.")
     return _resolve_preset(find(source))
@@ -404,11 +406,16 @@ def needed_files(names: list[str]) -> list[str]:
         ggufs = sorted(name for name in names if name.endswith(".gguf"))
         if len(ggufs) == 1:
             return ggufs
+        others = [name for name in names if name.endswith((".ckpt", ".nemo"))]
+        if not ggufs and len(others) == 1:
+            beside = ("config.json", "tokenizer.model")
+            return [name for name in beside if name in available] + others
         raise SourceError(
             "has several GGUF files; add the one to load to the handle: "
             f"{', '.join(ggufs)}."
             if ggufs
-            else "has neither safetensors nor Keras weights nor GGUF files."
+            else "has neither safetensors nor Keras weights nor one GGUF, .ckpt or "
+            ".nemo file."
         )
     if "config.json" not in available:
         raise SourceError("has weights but no config.json.")

@@ -17,15 +17,33 @@ WRITERS = {
     "hf": "hugging_face_writer",
     "keras": "keras_preset_writer",
     "gguf": "gguf_writer",
+    "torch": "gemma_pytorch_writer",
+    "nemo": "nemo_writer",
 }
 
 # In this order for a directory: some hold a GGUF beside the safetensors.
-_FORMATS = ("quantized_preset", "keras_preset", "hugging_face", "gguf")
+_FORMATS = (
+    "quantized_preset",
+    "keras_preset",
+    "hugging_face",
+    "gguf",
+    "nemo",
+    "gemma_pytorch",
+)
 _SUFFIXES = {
     ".h5": "keras_preset",
     ".weights.json": "keras_preset",
     ".safetensors": "hugging_face",
     ".gguf": "gguf",
+    ".nemo": "nemo",
+    ".ckpt": "gemma_pytorch",
+}
+# How files begin, which are told by that alone.
+_BEGINNINGS = {
+    b"GGUF": "gguf",
+    b"\x89HDF\r\n\x1a\n": "keras_preset",
+    b"PK\x03\x04": "gemma_pytorch",
+    b"\x1f\x8b": "nemo",
 }
 
 
@@ -33,11 +51,11 @@ def open_checkpoint(path, *, config=None, dtype=None):
     """Opens a checkpoint and checks all that its headers can tell.
 
     Args:
-        path: A directory (Hugging Face, or a KerasHub preset) or a weights file
-            (.gguf, .safetensors, .weights.h5).
+        path: A directory (Hugging Face, a KerasHub preset, gemma_pytorch) or a weights
+            file (.gguf, .safetensors, .weights.h5, .ckpt, .nemo).
         config: A `GemmaConfig`, for weights that come without one.
-        dtype: The float dtype to decode quantised (GGUF) tensors to, `"float32"` if
-            None. Tensors stored as floats come back as they are stored.
+        dtype: The float dtype to decode quantised tensors to, `"float32"` if None.
+            Tensors stored as floats come back as they are stored.
 
     Returns:
         An open `Checkpoint`.
@@ -62,16 +80,18 @@ def _module(name):
 def _format_of_file(path):
     """Told by the first bytes; a file that they do not tell, by its name."""
     with path.open("rb") as file:
-        head = file.read(9)
-    if head.startswith(b"GGUF"):
-        return "gguf"
-    if head.startswith(b"\x89HDF\r\n\x1a\n"):
-        return "keras_preset"
+        head = file.read(512)
     if path.name == QUANTIZED:
         return "quantized_preset"
     # The header of safetensors: its length, which is not huge, and a JSON object.
-    if head[4:] == b"\0\0\0\0{":
+    if head[4:9] == b"\0\0\0\0{":
         return "hugging_face"
+    for beginning, name in _BEGINNINGS.items():
+        if head.startswith(beginning):
+            return name
+    # The header of a tar archive's first member.
+    if head[257:262] == b"ustar":
+        return "nemo"
     for suffix, name in _SUFFIXES.items():
         if path.name.endswith(suffix):
             return name
@@ -86,7 +106,7 @@ def _unknown(path):
     if path.is_file():
         return (
             f"{path}: is neither a safetensors file nor a GGUF nor a Keras weights "
-            "file."
+            "file, nor one of gemma_pytorch or NVIDIA NeMo."
         )
     names = sorted(child.name for child in path.iterdir())
     if not names:

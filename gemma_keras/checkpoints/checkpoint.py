@@ -177,7 +177,7 @@ def check_types(where, values, kinds):
             )
 
 
-def build_config(where, **fields):
+def build_config(where, /, **fields):
     """A `GemmaConfig`, its errors told as the file's."""
     layers = fields.get("num_layers")
     if isinstance(layers, int) and layers > MAX_LAYERS:

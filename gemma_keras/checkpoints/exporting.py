@@ -5,7 +5,8 @@ A writer is a module with
 - `FORMAT`, the format's name for people, and `DTYPES`, what it can store weights as;
 - `SUFFIX`, which the name of a single file ends in, or None if it only makes
   directories, and `MAGIC`, what such a file begins with;
-- `check(contents)`, which raises `CheckpointError` if the format cannot hold the model;
+- `check(contents)`, which raises `CheckpointError` if the format cannot hold the model,
+  and `check_file(contents)`, if a single file is another matter;
 - `stored_bytes(contents, dtype)`, what it will take on the disk;
 - `write(path, contents, settings)`, which writes to the empty directory or new file
   `path` and returns a sentence for everything that is not as it was in the source;
@@ -78,6 +79,7 @@ def export(
     max_shard_size=5e9,
     overwrite=False,
     licence=None,
+    report=None,
 ):
     """Writes a model, with the papers that belong to it.
 
@@ -93,6 +95,8 @@ def export(
             no export wrote is never touched.
         licence: What the weights are under, as Hugging Face writes it (`"gemma"`,
             `"apache-2.0"`); None for what their source says.
+        report: Called with a sentence for everything that the format keeps otherwise
+            than the source has it.
 
     Returns:
         The path of what was written.
@@ -116,7 +120,8 @@ def export(
     single = writer.SUFFIX is not None and destination.name.endswith(writer.SUFFIX)
     contents = _telling(contents, writer, dtype, licence)
     _check_tokenizer(contents)
-    writer.check(contents)
+    check = getattr(writer, "check_file", writer.check) if single else writer.check
+    check(contents)
     _check_place(destination, writer, single, overwrite)
     staging.check_space(destination, writer.stored_bytes(contents, dtype))
     files = contents.provenance.files
@@ -130,19 +135,23 @@ def export(
         )
         if single:
             facts["source"]["files"] = hashes()
-            writer.write(partial, contents, settings)
+            told = writer.write(partial, contents, settings)
         else:
             partial.mkdir()
-            _write_directory(partial, writer, contents, settings, hashes)
+            told = _write_directory(partial, writer, contents, settings, hashes)
+    for sentence in told if report else ():
+        report(sentence)
     return destination
 
 
 def _write_directory(partial, writer, contents, settings, hashes):
     facts = settings.facts
-    facts["modified"] += writer.write(partial, contents, settings)
+    told = writer.write(partial, contents, settings)
+    facts["modified"] += told
     facts["source"]["files"] = hashes()
     card = provenance.model_card(settings.title, contents, facts, writer.USE)
     provenance.write_papers(partial, facts, card)
+    return told
 
 
 def _writer(format):
