@@ -44,8 +44,8 @@ def picture(known):
         parts.append(_panel(figures, rows, what, left))
     parts.append(_footer(known, figures, height))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" role="img">\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-12 0 {width + 12} {height}" '
+        f'width="{width + 12}" height="{height}" role="img">\n'
         f"<title>{html.escape(_told(known))}</title>\n<style>\n{STYLE}</style>\n"
         + "\n".join(parts)
         + "\n</svg>\n"
