@@ -210,8 +210,7 @@ class Bench:
             else:
                 begun = None
                 self.results.add(who, round, **said)
-        if process.reason or begun is not None:
-            process.reason = process.reason or "ended without a word"
+        if process.reason:
             # Who cannot load can do nothing.
             failed = whats if begun in (None, "load") else [begun]
             for what in self.results.missing(who, round, failed, False):
