@@ -44,8 +44,8 @@ def picture(known):
         parts.append(_panel(figures, rows, what, left))
     parts.append(_footer(known, figures, height))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-{MARGIN} 0 {width} {height}" '
-        f'width="{width}" height="{height}" role="img">\n'
+        '<svg xmlns="http://www.w3.org/2000/svg" role="img" '
+        f'viewBox="-{MARGIN} 0 {width} {height}" width="{width}" height="{height}">\n'
         f"<title>{html.escape(_told(known))}</title>\n<style>\n{STYLE}</style>\n"
         + "\n".join(parts)
         + "\n</svg>\n"
