@@ -15,24 +15,11 @@ SHAPE = {
 }
 
 
-def our_model(dtype):
-    """A `gemma_keras.GemmaCausalLM` without a preprocessor.
+def our_config():
+    """The shape as a `gemma_keras.GemmaConfig`."""
+    from gemma_keras import GemmaConfig
 
-    Its weights come as those of a checkpoint do, one array at a time.
-    """
-    import numpy as np
-
-    from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig
-    from gemma_keras.backend import tensor_from_array
-
-    random = np.random.default_rng(0)
-
-    def fill(shape, dtype):
-        array = random.standard_normal(shape, "float32")
-        array *= 0.02
-        return tensor_from_array(array, dtype)
-
-    config = GemmaConfig(
+    return GemmaConfig(
         vocab_size=SHAPE["vocab"],
         num_layers=SHAPE["layers"],
         hidden_dim=SHAPE["width"],
@@ -42,7 +29,28 @@ def our_model(dtype):
         head_dim=SHAPE["head_dim"],
         query_pre_attn_scalar=SHAPE["head_dim"],
     )
-    return GemmaCausalLM(GemmaBackbone(config, dtype=dtype, init=lambda path: fill))
+
+
+def our_model(dtype):
+    """A `gemma_keras.GemmaCausalLM` without a preprocessor.
+
+    Its weights come as those of a checkpoint do, one array at a time.
+    """
+    import numpy as np
+
+    from gemma_keras import GemmaBackbone, GemmaCausalLM
+    from gemma_keras.backend import tensor_from_array
+
+    random = np.random.default_rng(0)
+
+    def fill(shape, dtype):
+        array = random.standard_normal(shape, "float32")
+        array *= 0.02
+        return tensor_from_array(array, dtype)
+
+    return GemmaCausalLM(
+        GemmaBackbone(our_config(), dtype=dtype, init=lambda path: fill)
+    )
 
 
 def keras_hub_model(dtype):

@@ -42,23 +42,12 @@ def assets():
 
 def config_of(model):
     """The `GemmaConfig`."""
-    from contenders import SHAPE
+    from contenders import our_config
 
-    from gemma_keras import GemmaConfig, registry
+    from gemma_keras import registry
 
     names = {"2b": "gemma_2b_en", "real": "gemma3_270m"}
-    if model in names:
-        return registry.find(names[model]).config
-    return GemmaConfig(
-        vocab_size=SHAPE["vocab"],
-        num_layers=SHAPE["layers"],
-        hidden_dim=SHAPE["width"],
-        ffn_dim=SHAPE["ffn"],
-        num_query_heads=SHAPE["heads"],
-        num_kv_heads=SHAPE["kv_heads"],
-        head_dim=SHAPE["head_dim"],
-        query_pre_attn_scalar=SHAPE["head_dim"],
-    )
+    return registry.find(names[model]).config if model in names else our_config()
 
 
 def write(model, stored):

@@ -5,7 +5,7 @@ import html
 import report
 
 PANELS = ("decode-1", "decode-8", "prefill-512")
-LABELS, PANEL, GAP, ROW, TOP = 178, 196, 26, 22, 62
+MARGIN, LABELS, PANEL, GAP, ROW, TOP = 12, 178, 196, 26, 22, 62
 NAMES = {
     "ours": "gemma_keras",
     "kerashub": "KerasHub",
@@ -36,7 +36,7 @@ def picture(known):
         and any(figures.median(who, what) for what in PANELS)
     ]
     panels = [p for p in PANELS if any(figures.median(who, p) for who, _ in rows)]
-    width = LABELS + len(panels) * (PANEL + GAP)
+    width = MARGIN + LABELS + len(panels) * (PANEL + GAP)
     height = TOP + ROW * len(rows) + 46
     parts = [_labels(rows)]
     for index, what in enumerate(panels):
@@ -44,8 +44,8 @@ def picture(known):
         parts.append(_panel(figures, rows, what, left))
     parts.append(_footer(known, figures, height))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" role="img">\n'
+        '<svg xmlns="http://www.w3.org/2000/svg" role="img" '
+        f'viewBox="-{MARGIN} 0 {width} {height}" width="{width}" height="{height}">\n'
         f"<title>{html.escape(_told(known))}</title>\n<style>\n{STYLE}</style>\n"
         + "\n".join(parts)
         + "\n</svg>\n"
