@@ -213,7 +213,7 @@ def _explain(error, destination, module):
         return f"{hub} does not accept your credentials (401). {destination.hub.login}"
     if status in (403, 404):
         return (
-            f"{hub} refuses ({status}): you may not write there. "
+            f"{hub} refuses ({status}): {_said(error)} "
             f"{module.about_rights(destination)}"
         )
     if status in (409, 412):
@@ -224,11 +224,35 @@ def _explain(error, destination, module):
     if status == 429:
         return f"{hub} asks to slow down (429). Run the same command again later."
     if status is not None:
-        return f"{hub} answered {status} ({error}). Run the same command again later."
-    if isinstance(error, OSError) and error.errno == 28:
-        return f"the disk is full ({error})."
+        return (
+            f"{hub} answered {status}: {_said(error)} Run the same command again later."
+        )
+    reason = f"{type(error).__name__}: {error}"
+    if not _is_of_the_network(error):
+        return f"the push failed ({reason})."
     return (
-        f"{hub} could not be reached, or the connection broke off "
-        f"({type(error).__name__}: {error}). Check the network and run the same "
-        "command again: it goes on with what has not arrived."
+        f"{hub} could not be reached, or the connection broke off ({reason}). Check "
+        "the network and run the same command again: it goes on with what has not "
+        "arrived."
     )
+
+
+def _said(error):
+    """What the hub wrote about an error, as a sentence of bounded length."""
+    said = getattr(error, "server_message", None)
+    if said is None:
+        with contextlib.suppress(AttributeError, ValueError, TypeError):
+            said = error.response.json().get("message")
+    said = " ".join(str(said or "it does not say why").split())[:300]
+    return said if said.endswith(".") else f"{said}."
+
+
+def _is_of_the_network(error):
+    """Whether an exception, or one behind it, is what connections raise."""
+    while error is not None:
+        # Those of `requests` are such; `httpx`, also under other names, has its own.
+        library = type(error).__module__.partition(".")[0]
+        if isinstance(error, OSError) or library.startswith("httpx"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -137,6 +137,13 @@ def pack(source, licence=None) -> Parcel:
         raise PushError(
             f"{source}: was left by an export that did not end. Export again."
         )
+    listed = provenance.read_listing(source) if source.is_dir() else ()
+    absent = {name for name in listed if not (source / name).is_file()}
+    if absent:
+        raise PushError(
+            f"{source}: is not complete: {PROVENANCE} lists {some(absent)}, which is "
+            "missing. Export again."
+        )
     try:
         if source.is_dir() and (source / peft.CONFIG).exists():
             return _pack_adapter(source, licence)
@@ -197,12 +204,6 @@ def _parcel(kind, files, licence, left_out, single=False):
 def _files(directory, patterns):
     """(name to path of what goes along, names of the rest) of a directory."""
     listed = provenance.read_listing(directory)
-    absent = {name for name in listed if not (directory / name).is_file()}
-    if absent:
-        raise PushError(
-            f"{directory}: is not complete: {PROVENANCE} lists {some(absent)}, which "
-            "is missing. Export again."
-        )
     inside, files, rest = directory.resolve(), {}, []
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()

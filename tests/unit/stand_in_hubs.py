@@ -124,9 +124,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         server.requests.append(call if kaggle else f"POST {path}")
         if server.status != 200:
             return self.refuse()
-        if call in server.refusals:
-            status, message = server.refusals[call]
-            return self.refuse(status, message=message)
+        for end, status in server.refusals.items():
+            if path.endswith(end):
+                return self.refuse(status, message="not now")
         if kaggle:
             return getattr(self, f"kaggle_{call}", self.kaggle_download)(
                 json.loads(body), call
@@ -254,7 +254,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 repository.files[value["path"]] = data, title
         repository.commits.append(header["summary"])
         answer = {"success": True, "commitOid": repository.sha}
-        return self.reply_json({**answer, "commitUrl": f"{self.server.url}/commit"})
+        place = f"{self.server.url}/me/tiny/commit/{repository.sha}"
+        return self.reply_json({**answer, "commitUrl": place})
 
     # Kaggle
 
@@ -455,10 +456,10 @@ def serve():
     """Runs a `Hub` on this machine.
 
     Yields:
-        The server. `status` is what it answers to everything; `refusals` maps the last
-        word of an address to a status and a message; `breaks_after` is the number of
-        bytes of contents after which connections break, once or always (`breaks_once`),
-        or hang (`hangs`).
+        The server. `status` is what it answers to everything; `refusals` maps the end
+        of an address to a status; `breaks_after` is the number of bytes of contents
+        after which connections break, once or always (`breaks_once`), or hang
+        (`hangs`).
     """
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.url = f"http://127.0.0.1:{server.server_port}"

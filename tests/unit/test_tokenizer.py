@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_keras import vocabulary
+from gemma_keras.checkpoints import hugging_face_tokenizer
 from gemma_keras.tokenizer import GemmaTokenizer
 
 pytestmark = pytest.mark.any_backend
@@ -777,6 +778,30 @@ def test_the_tokenizer_json_that_transformers_writes(name, request, tmp_path):
     sparse = GemmaTokenizer.from_tokenizer_json(document)
     for text in many_texts(1000, seed=8):
         assert sparse.encode(text) == genuine.encode(text)
+
+
+@pytest.mark.real
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["gemma", "gemma3"])
+def test_the_tokenizer_json_of_an_export(name, request):
+    """SentencePiece's ids on all texts of this file, but for what docs/export.md says.
+
+    In contents, the names of control pieces stand for these.
+    """
+    tokenizers = pytest.importorskip("tokenizers")
+    genuine = request.getfixturevalue(name)
+    document = hugging_face_tokenizer.tokenizer_json(genuine)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(document))
+    control = ("<pad>", "<eos>", "<bos>", "<unk>")
+    texts = [*GOLDEN, CHAT, *FRAGMENTS, *many_texts(3000), *real_texts()]
+    texts = [text for text in texts if not any(piece in text for piece in control)]
+    assert len(texts) > 6000
+    sp = reference(genuine.proto)
+    found = theirs.encode_batch(texts, add_special_tokens=False)
+    for text, encoding in zip(texts, found, strict=True):
+        assert encoding.ids == sp.encode(text), ascii(text)
+        decoded = theirs.decode(encoding.ids, skip_special_tokens=False)
+        assert decoded == sp.decode(encoding.ids), ascii(text)
 
 
 @pytest.mark.real
