@@ -9,6 +9,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from gemma_keras.checkpoints.checkpoint import CheckpointError
@@ -19,7 +20,7 @@ GZIP = b"\x1f\x8b"
 _MAX_MEMBERS = 2**14
 # Weights are compressed to half their size at best, a tokenizer to a third.
 _MAX_GROWTH = 20
-_CHUNK = 2**22
+_CHUNK = 2**20
 
 
 class NemoArchive:
@@ -71,9 +72,7 @@ class NemoArchive:
                             "Unpack it yourself (gunzip), if you trust it."
                         )
                     tar.write(part)
-        except (OSError, EOFError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+        except (OSError, EOFError, zlib.error) as error:
             raise CheckpointError(
                 f"{self.path}: cannot be unpacked ({error})."
             ) from error

@@ -53,6 +53,8 @@ _FIXED = {
 _ALSO = {"activation": ("geglu", "fast-geglu")}
 # What NeMo does where a key is absent, and a Gemma is not.
 _ABSENT = {"bias": True, "apply_embedding_scaling": False, "openai_gelu": False}
+# PyYAML takes the square of their number in time.
+_MAX_BRACKETS = 500
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -75,6 +77,8 @@ def parse(data, where):
         data: The bytes.
         where: The file, for messages.
     """
+    if sum(map(data.count, (b"[", b"{"))) > _MAX_BRACKETS:
+        raise CheckpointError(f"{where}: has too many brackets for a config.")
     try:
         found = yaml.load(data, _PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -14,6 +14,7 @@ than the memory.)
 import io
 import pickletools
 import re
+import stat
 import tempfile
 import warnings
 import zipfile
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_keras.checkpoints.checkpoint import CheckpointError
-from gemma_keras.checkpoints.file_part import MAX_READ, FilePart
+from gemma_keras.checkpoints.file_part import FilePart
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES, MappedFile
 
 MAGIC = b"PK\x03\x04"
@@ -43,6 +44,8 @@ _GLOBALS = re.compile(
 )
 _MEMBER = re.compile(r"[\w .+-]+(/[\w .+-]+)+")
 _LOCAL_HEADER = 30
+# 400 bytes a tensor are usual, and a thousand tensors.
+_MAX_PICKLE = 2**20
 # The number of a storage has to fit into it.
 _SMALLEST = 4
 
@@ -229,7 +232,9 @@ class _Archive:
                 members = archive.infolist()
                 pickled = self._find_pickle([member.filename for member in members])
                 spans = self._spans(members, archive.start_dir)
-                data = archive.read(pickled) if spans[pickled][1] <= MAX_READ else None
+                data = (
+                    archive.read(pickled) if spans[pickled][1] <= _MAX_PICKLE else None
+                )
         except CheckpointError:
             raise
         # A damaged archive makes zipfile raise whatever it stumbles over.
@@ -275,9 +280,8 @@ class _Archive:
                 raise CheckpointError(f"{where} has a name that torch does not give.")
             if name in spans:
                 raise CheckpointError(f"{where} is there twice.")
-            plain = member.compress_type == zipfile.ZIP_STORED
-            if not plain or member.flag_bits & 1 or _sizes_differ(member):
-                raise CheckpointError(f"{where} is compressed or encrypted.")
+            if not _is_plain(member):
+                raise CheckpointError(f"{where} is a link, compressed or encrypted.")
             start = self._data_start(member, where)
             if member.header_offset < reached or start + member.file_size > end:
                 raise CheckpointError(
@@ -307,8 +311,14 @@ class _Archive:
         return self._part.read(count)
 
 
-def _sizes_differ(member):
-    return member.compress_size != member.file_size or member.file_size < 0
+def _is_plain(member):
+    """Whether the bytes of a member lie in the archive as they are."""
+    return (
+        member.compress_type == zipfile.ZIP_STORED
+        and not member.flag_bits & 1
+        and member.compress_size == member.file_size
+        and not stat.S_ISLNK(member.external_attr >> 16)
+    )
 
 
 def _check_pickle(data, where):

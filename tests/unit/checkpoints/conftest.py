@@ -2,7 +2,9 @@
 
 import json
 import math
+import pathlib
 import struct
+import sys
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -11,6 +13,9 @@ import pytest
 
 from gemma_keras.checkpoints import hugging_face
 from gemma_keras.config import GemmaConfig
+
+# For `hostile`, which two files of tests share.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 # No two sizes are equal, and heads times their size is not the width, so that no
 # transposition goes unseen. Three layers have both kinds in Gemma 2.

@@ -4,12 +4,12 @@ import contextlib
 import json
 import os
 import struct
-import tracemalloc
 
 import h5py
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hostile import FUZZ, fails, little_memory, read_all, survives
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gemma_keras.checkpoints import CheckpointError, keras_preset, open_checkpoint
@@ -17,40 +17,6 @@ from gemma_keras.checkpoints.gguf_file import GGUFFile
 from gemma_keras.checkpoints.safetensors_file import SafetensorsFile
 
 pytestmark = pytest.mark.any_backend
-
-MEGABYTE = 2**20
-FUZZ = settings(
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-
-@contextlib.contextmanager
-def little_memory(limit=8 * MEGABYTE):
-    """Fails if Python and NumPy allocate more than `limit` at once."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < limit
-    finally:
-        tracemalloc.stop()
-
-
-def read_all(path):
-    """Opens a checkpoint and reads every tensor."""
-    with open_checkpoint(path) as checkpoint:
-        for name in checkpoint.config.weight_shapes():
-            checkpoint.tensor(name)
-
-
-def fails(path, match, named=None):
-    """Reading fails with an error that names the file and says `match`."""
-    with little_memory(), pytest.raises(CheckpointError, match=match) as error:
-        read_all(path)
-    assert str(named or path) in str(error.value)
-
 
 # Directories
 
@@ -660,11 +626,6 @@ def damage(data, header, edits):
 EDITS = st.lists(
     st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=6
 )
-
-
-def survives(path):
-    with little_memory(), contextlib.suppress(CheckpointError):
-        read_all(path)
 
 
 @FUZZ
