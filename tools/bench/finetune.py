@@ -6,17 +6,24 @@ The model is that of contenders.py: 264M parameters, random weights, float32. Lo
 rank 8 on queries and values, AdamW, 8 examples a step, loss on the responses only.
 Lengths are drawn log-normal: prompts of about 27 tokens, responses of about 75 with a
 long tail, cut at 512. Ours packs rows of 512, TRL pads each batch to its longest
-example, KerasHub has rows of 512. Every contender runs in a process of its own. Told
-are supervised tokens a second, from the end of the first step on, and the largest
-resident memory of the process. TRL recomputes activations by default; it runs without,
-too.
+example, KerasHub has rows of 512. Every contender runs in a process of its own, which
+is killed when it needs more than `--memory-limit`. Told are supervised tokens a second,
+from the end of the first step on; the same by the processor's seconds, all threads
+together, which other work on the machine disturbs less; and the largest resident memory
+of the process.
+
+TRL runs as it comes ("default": it computes activations twice); keeping activations
+("keeping"); and, besides, with examples of like lengths in a batch ("grouped"). Its
+packing is left out: TRL supports it with FlashAttention only.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +31,20 @@ from contenders import SHAPE, keras_hub_model, our_model, transformers_model
 
 BACKENDS = ("jax", "tensorflow", "torch")
 LENGTH, BATCH, RANK = 512, 8, 8
+# What each way of running TRL sets beyond what all of them have in common.
+_IN_ORDER = {
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+    "train_sampling_strategy": "sequential",
+}
+TRL = {
+    "default": _IN_ORDER,
+    "keeping": {**_IN_ORDER, "gradient_checkpointing": False},
+    "grouped": {
+        **_IN_ORDER,
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "group_by_length",
+    },
+}
 
 
 def examples(count):
@@ -39,18 +60,22 @@ def examples(count):
 
 
 class Clock:
-    """When each step ended."""
+    """When each step ended, in seconds and in processor seconds of all threads."""
 
     def __init__(self):
         self.ends = []
 
     def tick(self):
-        self.ends.append(time.perf_counter())
+        self.ends.append((time.perf_counter(), time.process_time()))
 
-    def rate(self, tokens):
-        """Of `tokens`, those of each step, a second, but for the first step's."""
-        spent = self.ends[len(tokens) - 1] - self.ends[0]
-        return sum(tokens[1:]) / spent
+    def report(self, tokens):
+        """Of `tokens`, those of each step, a second; the first step does not count."""
+        ends = self.ends[: len(tokens)]
+        seconds, cpu = (
+            last - first for first, last in zip(ends[0], ends[-1], strict=True)
+        )
+        learned = sum(tokens[1:])
+        return {"rate": learned / seconds, "cpu_rate": learned / cpu, "tokens": tokens}
 
 
 def fit(lm, dataset, tokens):
@@ -68,7 +93,7 @@ def fit(lm, dataset, tokens):
         on_train_batch_end=lambda *_, **__: clock.tick()
     )
     lm.fit(dataset, verbose=0, shuffle=False, callbacks=[told])
-    return clock.rate(tokens)
+    return clock.report(tokens)
 
 
 class Batches:
@@ -87,7 +112,7 @@ class Batches:
         return Dataset()
 
 
-def train_ours(steps, remat):
+def train_ours(steps, settings):
     from gemma_keras.encoding import Sample, encode_examples
     from gemma_keras.packing import PackedDataset
 
@@ -104,11 +129,11 @@ def train_ours(steps, remat):
     dataset = PackedDataset(encoded, rows, LENGTH, shuffle=False)
     batches = [dataset[i] for i in range(len(dataset))]
     tokens = [int(batch[2].sum()) for batch in batches]
-    rate = fit(our_model("float32"), Batches(batches), tokens)
-    return {"rate": rate, "tokens": tokens, "rows": rows, "usage": dataset.usage}
+    report = fit(our_model("float32"), Batches(batches), tokens)
+    return {**report, "rows": rows, "usage": dataset.usage}
 
 
-def train_keras_hub(steps, remat):
+def train_keras_hub(steps, settings):
     import numpy as np
 
     batches = []
@@ -123,14 +148,15 @@ def train_keras_hub(steps, remat):
         x = {"token_ids": ids[:, :-1], "padding_mask": mask[:, :-1]}
         batches.append((x, ids[:, 1:], learn[:, 1:]))
     tokens = [int(batch[2].sum()) for batch in batches]
-    rate = fit(keras_hub_model("float32"), Batches(batches), tokens)
-    return {"rate": rate, "tokens": tokens}
+    return fit(keras_hub_model("float32"), Batches(batches), tokens)
 
 
-def train_trl(steps, remat):
+def train_trl(steps, settings):
+    """TRL with the settings that a name of `TRL` stands for."""
     import datasets
     import peft
     import tokenizers
+    import torch
     import transformers
     import trl
 
@@ -143,34 +169,36 @@ def train_trl(steps, remat):
     chosen = examples(steps * BATCH)
     rows = {
         "input_ids": [p + r for p, r in chosen],
-        "completion_mask": [[0] * len(p) + [1] * len(r) for p, r in chosen],
+        "labels": [[-100] * len(p) + r for p, r in chosen],
     }
-    clock = Clock()
+    clock, tokens = Clock(), []
 
     class Told(transformers.TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             clock.tick()
 
-    settings = trl.SFTConfig(
-        output_dir="unused",
-        per_device_train_batch_size=BATCH,
-        max_length=LENGTH,
-        completion_only_loss=True,
-        learning_rate=1e-4,
-        num_train_epochs=1,
-        gradient_checkpointing=remat,
-        bf16=False,
-        use_cpu=not __import__("torch").cuda.is_available(),
-        save_strategy="no",
-        report_to=[],
-        logging_strategy="no",
-        disable_tqdm=True,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        train_sampling_strategy="sequential",
-    )
-    trainer = trl.SFTTrainer(
+    class Trainer(trl.SFTTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            # The first token of a row is nobody's next.
+            tokens.append(int((inputs["labels"][:, 1:] != -100).sum()))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    trainer = Trainer(
         transformers_model("float32"),
-        args=settings,
+        args=trl.SFTConfig(
+            output_dir="unused",
+            per_device_train_batch_size=BATCH,
+            max_length=LENGTH,
+            learning_rate=1e-4,
+            num_train_epochs=1,
+            bf16=False,
+            use_cpu=not torch.cuda.is_available(),
+            save_strategy="no",
+            report_to=[],
+            logging_strategy="no",
+            disable_tqdm=True,
+            **TRL[settings],
+        ),
         train_dataset=datasets.Dataset.from_dict(rows),
         processing_class=tokenizer,
         peft_config=peft.LoraConfig(
@@ -179,11 +207,7 @@ def train_trl(steps, remat):
         callbacks=[Told()],
     )
     trainer.train()
-    tokens = [
-        sum(len(r) for _, r in chosen[i : i + BATCH])
-        for i in range(0, len(chosen), BATCH)
-    ]
-    return {"rate": clock.rate(tokens), "tokens": tokens}
+    return clock.report(tokens)
 
 
 TRAINERS = {"ours": train_ours, "kerashub": train_keras_hub, "trl": train_trl}
@@ -191,21 +215,65 @@ TRAINERS = {"ours": train_ours, "kerashub": train_keras_hub, "trl": train_trl}
 
 def peak_memory():
     """Largest resident memory of this process, in GB."""
-    import resource
+    # Not ru_maxrss, which begins with the parent's.
+    return memory_of("self", "VmHWM") / 1e9
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+def memory_of(process, field="VmRSS"):
+    """Bytes that Linux tells of a process; 0 if it has ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in status.splitlines() if line.startswith(field)]
+    return 1024 * int(found[0]) if found else 0
 
 
-def run(contender, backend, remat, arguments):
+def run(contender, backend, settings, arguments):
     """One run in a fresh process: what it reported, or why it did not."""
     environment = dict(os.environ, KERAS_BACKEND=backend)
     environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    command = [sys.executable, __file__, "--worker", contender]
-    command += ["--steps", str(arguments.steps)] + ["--remat"] * remat
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        return {"failed": f"exit {done.returncode}: {done.stderr.strip()[-400:]}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, __file__, "--worker", contender, "--settings", settings]
+    command += ["--steps", str(arguments.steps)]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        worker = subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
+        most = 0
+        while worker.poll() is None:
+            most = max(most, memory_of(worker.pid) / 1e9)
+            if most > arguments.memory_limit:
+                worker.kill()
+                worker.wait()
+                return {"failed": f"killed at {most:.1f} GB of memory"}
+            time.sleep(0.02)
+        out.seek(0), errors.seek(0)
+        if worker.returncode:
+            why = errors.read().strip()[-400:]
+            return {"failed": f"exit {worker.returncode} at {most:.1f} GB: {why}"}
+        return json.loads(out.read().splitlines()[-1])
+
+
+def cells_of(arguments):
+    """Contender, backend and settings of each run of a round."""
+    cells = []
+    for contender in arguments.contenders:
+        if contender == "trl":
+            cells += [("trl", "torch", name) for name in arguments.trl]
+        else:
+            cells += [(contender, backend, "") for backend in arguments.backends]
+    return cells
+
+
+def print_medians(results):
+    """A line for each contender, backend and settings."""
+    print(f"\nmedians{'':32}{'supervised tokens/s':>20}{'a cpu s':>9}{'peak GB':>9}")
+    for cell in dict.fromkeys(tuple(result["cell"]) for result in results):
+        runs = [r for r in results if tuple(r["cell"]) == cell and "failed" not in r]
+        if runs:
+            rate, cpu, peak = (
+                statistics.median(r[name] for r in runs)
+                for name in ("rate", "cpu_rate", "peak_gb")
+            )
+            print(f"{' '.join(cell):39}{rate:20.1f}{cpu:9.1f}{peak:9.2f}")
 
 
 def main():
@@ -216,34 +284,28 @@ def main():
     parser.add_argument(
         "--contenders", nargs="+", default=list(TRAINERS), choices=list(TRAINERS)
     )
+    parser.add_argument("--trl", nargs="+", default=list(TRL), choices=list(TRL))
+    parser.add_argument("--memory-limit", type=float, default=16, metavar="GB")
     parser.add_argument("--json", type=Path, help="file for every figure of every run")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--remat", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        report = TRAINERS[arguments.worker](arguments.steps, arguments.remat)
+        report = TRAINERS[arguments.worker](arguments.steps, arguments.settings)
         print(json.dumps({**report, "peak_gb": peak_memory()}), flush=True)
         return
-    cells = []
-    for contender in arguments.contenders:
-        if contender == "trl":
-            cells += [("trl", "torch", False), ("trl", "torch", True)]
-        else:
-            cells += [(contender, backend, False) for backend in arguments.backends]
-    print(f"{'':28}{'supervised tokens/s':>20}{'peak GB':>9}")
     results = []
     for number in range(arguments.rounds):
-        for cell in cells:
+        for cell in cells_of(arguments):
             report = run(*cell, arguments)
             results.append({"cell": cell, "round": number, **report})
-            name = " ".join(cell[:2]) + " recomputing" * cell[2]
-            if "failed" in report:
-                print(f"{name:28} failed: {report['failed']}", flush=True)
-            else:
-                rate, peak = report["rate"], report["peak_gb"]
-                print(f"{name:28}{rate:20.1f}{peak:9.2f}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"shape": SHAPE, "runs": results}))
+            figures = ("failed", "rate", "cpu_rate", "peak_gb")
+            told = {name: report[name] for name in figures if name in report}
+            print(number, *cell, told, flush=True)
+            if arguments.json:
+                text = json.dumps({"shape": SHAPE, "runs": results})
+                arguments.json.write_text(text)
+    print_medians(results)
 
 
 if __name__ == "__main__":
