@@ -15,7 +15,8 @@ from gemma_keras import backend
 # The adapter whose factors bear no name but lora_a and lora_b.
 DEFAULT = "default"
 HINT = (
-    "If it was saved after enable_lora, call enable_lora with the same arguments first."
+    "If it was saved after quantize or enable_lora, call these with the same arguments "
+    "first."
 )
 
 
@@ -241,8 +242,8 @@ class Adapted:
         strange = {key for key in rest if "lora_" not in key}
         if own.keys() - found or strange:
             raise ValueError(
-                f"The file holds {', '.join(sorted(found))} for {self.path}, which has "
-                f"{', '.join(sorted(own))}. {_hint(found | own.keys())}"
+                f"The file holds {', '.join(sorted(found)) or 'nothing'} for "
+                f"{self.path}, which has {', '.join(sorted(own))}. {HINT}"
             )
         self._check_factors(rest)
         for key, variable in own.items():
@@ -288,13 +289,6 @@ class Adapted:
             zero.assign(ops.zeros(zero.shape, dtype="float32"))
             if factors.magnitude is not None:
                 self.reset_magnitude(name)
-
-
-def _hint(keys):
-    """What to do if a file and a layer hold different ones of these."""
-    if any(key.endswith("_codes") for key in keys):
-        return "One of them is quantised: call quantize as before it was saved."
-    return HINT
 
 
 def _variable(name, shape, start):

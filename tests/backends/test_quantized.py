@@ -94,7 +94,7 @@ def test_a_prime_number_of_rows_is_restored_as_a_whole():
     assert packed._divisor(250_007, 8192) == 250_007
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_greedy_answers_are_those_of_the_restored_weights(floats, mode):
     lm, twin = quantised(floats, MODES[mode])
     prompts = ["The cat sat", "A dog came by and asked the cat"]
@@ -118,8 +118,7 @@ def train(lm, remat=False, accumulation=1):
     return losses.history["loss"], factors
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(("mode", "remat"), [("int8", False), ("int4", True)])
 def test_adapters_learn_as_beside_the_restored_weights(floats, mode, remat):
     lm, twin = quantised(floats, MODES[mode])
     losses, factors = train(lm, remat)
@@ -222,15 +221,12 @@ def test_keras_files_and_weights_keep_every_bit(floats, tmp_path):
     other.enable_lora(2)
     other.load_weights(tmp_path / "m.weights.h5")
     same_weights(lm, other)
-    with pytest.raises(ValueError, match="quantised: call quantize"):
+    with pytest.raises(ValueError, match="saved after quantize or enable_lora"):
         floats().load_weights(tmp_path / "m.weights.h5")
 
 
 def test_an_adapter_in_use_is_written_merged_in_floats(floats, tmp_path):
     lm, twin = quantised(floats, MODES["int4"])
-    train(lm)
-    lm.set_adapter(None)
-    lm.delete_adapter("default")
     for model in (lm, twin):
         keras.utils.set_random_seed(3)
         model.enable_lora(2, init="gaussian")
@@ -286,7 +282,9 @@ def test_damaged_presets_are_refused(floats, tmp_path):
         with pytest.raises(CheckpointError, match=told):
             GemmaCausalLM.from_preset(tmp_path / "p")
     file.write_bytes(whole)
-    scales = SafetensorsFile(file)._entries["token_embedding/embeddings_scales"]
+    opened = SafetensorsFile(file)
+    scales = opened._entries["token_embedding/embeddings_scales"]
+    opened.close()
     start = 8 + int.from_bytes(whole[:8], "little") + scales[2]
     file.write_bytes(whole[:start] + b"\xff\x7f" + whole[start + 2 :])
     with pytest.raises(CheckpointError, match="NaN or infinite"):
