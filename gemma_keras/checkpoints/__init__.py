@@ -111,11 +111,6 @@ def _unknown(path):
     names = sorted(child.name for child in path.iterdir())
     if not names:
         return f"{path}: the directory is empty."
-    if "adapter_config.json" in names:
-        return (
-            f"{path}: holds an adapter and no model; name the model that it belongs "
-            "to, and give this with --adapter (in Python, to load_adapter)."
-        )
     if any(name.endswith((".bin", ".ckpt", ".pt", ".pth")) for name in names):
         return (
             f"{path}: holds PyTorch pickles only; convert them to safetensors first "

@@ -1,10 +1,12 @@
-"""The float datasets of an HDF5 file, as views of the mapped file.
+"""HDF5 files: their float datasets as views of the mapped file; and written ones.
 
 h5py reads the structure, once, while the file is opened; the numbers are then mapped
 from where it says they lie. Links out of the file and compressed or virtual datasets,
 which Keras never writes, are refused: they are how a small file asks for much memory.
 """
 
+import contextlib
+import io
 import math
 
 import numpy as np
@@ -13,6 +15,55 @@ from gemma_keras.checkpoints.checkpoint import CheckpointError
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES, MappedFile
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Makes a new HDF5 file.
+
+    HDF5 cannot close a file that the disk refused to take, and tries until it takes the
+    process with it. So it writes to a `_Sink`, which keeps refusals to itself.
+
+    Yields:
+        The open `h5py.File`, and a function that raises the `OSError` of what was
+        written so far, if there was one. It is raised at the end, too.
+    """
+    import h5py
+
+    with _Sink(path, "w+b") as sink:
+        with h5py.File(sink, "w") as file:
+            yield file, sink.check
+        sink.check()
+
+
+class _Sink(io.FileIO):
+    """A new file that takes everything, and says later that it could not."""
+
+    error = None
+
+    def write(self, data):
+        """Writes bytes, none after a failure; gives their count in any case."""
+        data = memoryview(data).cast("B")
+        rest = data
+        while len(rest) and self.error is None:
+            try:
+                rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def truncate(self, size=None):
+        """Sets the size of the file, or does not."""
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size
+
+    def check(self):
+        """Raises the first failure."""
+        if self.error is not None:
+            raise self.error
 
 
 class H5File:

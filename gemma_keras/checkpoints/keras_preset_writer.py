@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_keras.checkpoints import keras_layout, quantized_preset, staging
+from gemma_keras.checkpoints import h5_file, keras_layout, quantized_preset, staging
 from gemma_keras.checkpoints.checkpoint import CheckpointError, some
 from gemma_keras.checkpoints.contents import Contents, shards
 from gemma_keras.checkpoints.keras_layout import (
@@ -194,8 +194,6 @@ def _write_weights(folder, contents, dtype, limit):
 
 
 def _write_floats(folder, contents, dtype, limit):
-    import h5py
-
     config, item_bytes = contents.config, FLOAT_DTYPES[dtype].itemsize
     runs = shards(
         {p: math.prod(s) * item_bytes for p, s in config.weight_shapes().items()}, limit
@@ -203,7 +201,7 @@ def _write_floats(folder, contents, dtype, limit):
     weight_map, total = {}, 0
     for number, paths in enumerate(runs):
         name = WEIGHTS if len(runs) == 1 else f"model_{number:05}.weights.h5"
-        with h5py.File(folder / name, "w") as file:
+        with h5_file.writing(folder / name) as (file, check):
             for path in paths:
                 array = contents.array(path, dtype)
                 array = np.ascontiguousarray(
@@ -215,6 +213,7 @@ def _write_floats(folder, contents, dtype, limit):
                 dataset = group.create_dataset("0", data=array)
                 if dtype == "bfloat16":
                     dataset.attrs["dtype"] = dtype
+                check()
                 weight_map[group.name] = name
                 total += array.nbytes
     if len(runs) > 1:

@@ -14,7 +14,7 @@ import numpy as np
 
 from gemma_keras.checkpoints import keras_layout, staging
 from gemma_keras.checkpoints.checkpoint import CheckpointError, parse_json, some
-from gemma_keras.checkpoints.h5_file import H5File
+from gemma_keras.checkpoints.h5_file import H5File, writing
 from gemma_keras.lora_config import LoraConfig, for_layers, layer_shapes
 
 _CONFIG = "gemma_keras"
@@ -48,10 +48,8 @@ def write(filepath, lora, weights):
         lora: The `LoraConfig`.
         weights: Path of each layer to its arrays, `lora_a` [in, r] and so on.
     """
-    import h5py
-
     path = _checked(filepath).expanduser().absolute()
-    with staging.replacing(path) as partial, h5py.File(partial, "w") as file:
+    with staging.replacing(path) as partial, writing(partial) as (file, _):
         file.attrs[_CONFIG] = json.dumps(dataclasses.asdict(lora))
         for layer, arrays in weights.items():
             for name, array in arrays.items():

@@ -4,11 +4,16 @@ What fails in between leaves nothing that looks whole.
 """
 
 import contextlib
+import errno
+import os
 import shutil
 import uuid
 from pathlib import Path
 
 from gemma_keras.checkpoints.checkpoint import CheckpointError
+
+# A disk with fewer bytes left is full.
+_NOTHING = 2**20
 
 
 def check_space(destination, needed):
@@ -17,9 +22,13 @@ def check_space(destination, needed):
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise CheckpointError(
-            f"{destination}: needs {needed / 1e9:.1f} GB, but the disk has "
-            f"{free / 1e9:.1f} GB left."
+            f"{destination}: needs {_amount(needed)}, but the disk has "
+            f"{_amount(free)} left."
         )
+
+
+def _amount(count):
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 @contextlib.contextmanager
@@ -54,9 +63,19 @@ def replacing(destination):
             raise
         shutil.rmtree(old)
     except OSError as error:
-        raise CheckpointError(f"{destination}: cannot be written ({error}).") from error
+        reason = _reason(error, destination)
+        message = f"{destination}: cannot be written ({reason})."
+        raise CheckpointError(message) from error
     finally:
         _remove(partial)
+
+
+def _reason(error, destination):
+    """What was wrong; that a disk is full, libraries do not all say."""
+    full = error.errno == errno.ENOSPC
+    if full or shutil.disk_usage(destination.parent).free < _NOTHING:
+        return os.strerror(errno.ENOSPC)
+    return error
 
 
 def _remove(path: Path):

@@ -164,9 +164,12 @@ def test_an_adapter_alone_is_what_save_adapter_writes(tmp_path):
     lm, other = (build(CONFIGS["gemma"], lora=lora) for lora in (True, False))
     assert lm.export(tmp_path / "a", format="peft") == tmp_path / "a"
     lm.save_adapter(tmp_path / "b")
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(names)
-    for name in names:
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "Notice"} <= names
+    facts = json.loads((tmp_path / "a" / "provenance.json").read_text())
+    assert (facts["licence"], set(facts["files"])) == ("gemma", names)
+    # The one file with a time of day.
+    for name in names - {"provenance.json"}:
         same = (tmp_path / "b" / name).read_bytes()
         assert (tmp_path / "a" / name).read_bytes() == same
     with pytest.raises(ValueError):

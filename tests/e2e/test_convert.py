@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import typer.testing
 
@@ -57,6 +58,33 @@ def test_dtype_shards_licence_and_force(tmp_path):
     assert not [name for name in names if name.endswith(".safetensors")]
     with checkpoints.open_checkpoint(tmp_path / "m") as checkpoint:
         assert checkpoint.dtype == "float32"
+
+
+def test_an_adapter_is_merged_on_the_way(tmp_path):
+    lm = gemma_keras.GemmaCausalLM.from_preset(PRESET)
+    lm.enable_lora(2, alpha=3)
+    random = np.random.default_rng(0)
+    for variable in lm.trainable_variables:
+        variable.assign(0.3 * random.normal(size=variable.shape))
+    lm.save_adapter(tmp_path / "adapter")
+    options = ("--to", "hf", "--adapter", tmp_path / "adapter")
+    result = convert(PRESET, tmp_path / "m", *options)
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads((tmp_path / "m" / "provenance.json").read_text())
+    assert "(LoRA, rank 2, alpha 3) of query, value were merged" in facts["modified"][0]
+    lm.merge_adapter(discard=True)
+    expected = {v.path: v.numpy().astype("float32") for v in lm.backbone.variables}
+    with checkpoints.open_checkpoint(tmp_path / "m") as checkpoint:
+        for path, array in expected.items():
+            found = checkpoint.tensor(path).astype("float32")
+            # One unit in the last place of bfloat16, where roundings differ.
+            np.testing.assert_allclose(found, array, rtol=2**-7, atol=1e-6)
+    result = convert(tmp_path / "adapter", tmp_path / "n", "--to", "hf")
+    assert result.exit_code == 1
+    assert "is a PEFT adapter, not a model" in result.stderr
+    result = convert("gemma_tiny_en", tmp_path / "n", "--to", "hf", "--adapter", "m")
+    assert result.exit_code == 1 and "is missing, so this is no PEFT" in result.stderr
+    assert not (tmp_path / "n").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from keras import ops
 
 from gemma_keras import GemmaCausalLM
+from gemma_keras.checkpoints import exporting, merging, open_checkpoint, peft
 
 # PEFT's own, about transformers and about embeddings that are tied to a head.
 pytestmark = [
@@ -64,6 +65,21 @@ def test_committed_adapters_give_what_peft_made_of_them(load_twin, family, golde
     assert_close(lm(inputs), expected)
     with lm.disable_adapter():
         assert_close(lm(inputs), golden["logits"])
+
+
+# That of Gemma 1 updates the embedding, which cannot be merged.
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"], indirect=True)
+def test_committed_adapters_merged_while_converting(family, golden, tmp_path):
+    """PEFT's logits come from the merged files, whoever loads these."""
+    folder = GOLDENS / family
+    with open_checkpoint(folder) as checkpoint:
+        contents = exporting.checkpoint_contents(checkpoint, folder)
+        adapter = peft.read(folder / "adapter", checkpoint.config)
+        merged = merging.merge(contents, adapter)
+        exporting.export(merged, tmp_path / "merged", "hf")
+    lm = GemmaCausalLM.from_preset(tmp_path / "merged")
+    expected = np.load(folder / "adapter_logits.npy")
+    assert_close(lm({"token_ids": golden["token_ids"]}), expected)
 
 
 @pytest.fixture

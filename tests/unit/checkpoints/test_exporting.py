@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -367,7 +369,7 @@ def test_a_full_disk_is_told_before_work_starts(tmp_path, files, monkeypatch):
     contents = contents_of(config, files.weights(config))
     usage = staging.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
-    refuses(contents, tmp_path / "m", "but the disk has 0.0 GB left")
+    refuses(contents, tmp_path / "m", "needs 0.1 MB, but the disk has 0.0 MB left")
 
 
 def test_an_error_of_the_disk_is_a_checkpoint_error(tmp_path):
@@ -379,3 +381,100 @@ def test_an_error_of_the_disk_is_a_checkpoint_error(tmp_path):
         partial.write_text("half")
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
+
+
+# A limit on the size of files stands for a disk that fills up in the middle: what
+# libraries make of it, not what a patched function does.
+FILLING = """
+import pathlib, resource, signal, sys
+import numpy as np
+from gemma_keras.checkpoints import CheckpointError, exporting
+from gemma_keras.checkpoints.contents import Contents
+from gemma_keras.config import GemmaConfig
+
+config = GemmaConfig(
+    vocab_size=900, num_layers=2, hidden_dim=96, ffn_dim=160, num_query_heads=4,
+    num_kv_heads=2, head_dim=32, query_pre_attn_scalar=32,
+)
+contents = Contents(
+    config=config, dtype="float32",
+    tensors=lambda path: np.ones(config.weight_shapes()[path], "float32"),
+)
+folder = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for format in sys.argv[2:]:
+    exporting.export(contents, folder / format, format)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for limit in (100, 300_000, 700_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        for place, options in ((format, {"overwrite": True}), ("new", {})):
+            try:
+                exporting.export(contents, folder / place, format, **options)
+            except CheckpointError as error:
+                assert "cannot be written (" in str(error), error
+            else:
+                raise AssertionError(f"{format} fits into {limit} bytes")
+        unlimited = resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+        after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        assert after == before
+        assert not [p for p in folder.iterdir() if "partial" in p.name]
+print("done")
+"""
+
+
+def test_a_disk_that_refuses_in_the_middle(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", FILLING, str(tmp_path), *FORMATS]
+    # As the command line: without Keras.
+    command[4] = f"import sys; sys.argv[0] = 'gemma-keras'\n{FILLING}"
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr
+
+
+KILLED = """
+import sys
+sys.argv[0] = "gemma-keras"
+from gemma_keras.checkpoints import exporting, open_checkpoint
+source, destination, format = sys.argv[1:]
+with open_checkpoint(source) as checkpoint:
+    def progress(done, total):
+        if done > total / 2:
+            print("half", flush=True)
+            sys.stdin.read()
+    contents = exporting.checkpoint_contents(checkpoint, source, progress)
+    exporting.export(contents, destination, format, overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_killed_half_way_leaves_nothing_that_looks_whole(
+    tmp_path, files, format
+):
+    config = files.configs["gemma"]
+    arrays = files.weights(config)
+    source = files.write_hugging_face(tmp_path / "source", config, arrays)
+    destination = tmp_path / "m"
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, source, destination]
+    for earlier in (False, True):
+        if earlier:
+            exporting.export(contents_of(config, arrays), destination, format)
+        before = everything_in(destination)
+        child = subprocess.Popen(
+            [*map(str, command), format],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert child.stdout.readline() == b"half\n"
+        child.kill()
+        child.communicate()
+        assert everything_in(destination) == before
+        assert destination.exists() == earlier
+    # What is left is hidden, bears its name, and is in nobody's way.
+    left = [path.name for path in tmp_path.iterdir() if path.name[0] == "."]
+    assert len(left) == 2
+    assert all(name.startswith(".m.") and name.endswith(".partial") for name in left)
+    again = exporting.export(
+        contents_of(config, arrays), destination, format, overwrite=True
+    )
+    with open_checkpoint(again) as checkpoint:
+        assert_written(checkpoint, arrays, files, format)

@@ -168,6 +168,17 @@ def test_a_file_tells_its_origin_and_licence(tmp_path, files):
     assert (fields["general.name"], fields["general.license"]) == ("my", "gemma")
 
 
+def test_the_origin_in_a_file_is_read_again(tmp_path, files):
+    path = tmp_path / "one.gguf"
+    export(path, CONFIG, files.weights(CONFIG), licence="apache-2.0")
+    with open_checkpoint(path) as checkpoint:
+        again = exporting.checkpoint_contents(checkpoint, path)
+        exporting.export(again, tmp_path / "two", "hf")
+    facts = json.loads((tmp_path / "two" / "provenance.json").read_text())
+    assert facts["licence"] == "apache-2.0"
+    assert facts["earlier"]["written"]["format"] == "GGUF"
+
+
 def test_a_file_replaces_a_gguf_only_and_only_if_asked(tmp_path, files):
     arrays = files.weights(CONFIG)
     path = export(tmp_path / "m.gguf", CONFIG, arrays)
