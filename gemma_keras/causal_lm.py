@@ -128,12 +128,15 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
         Args:
             filepath: where to; it appears when it is complete.
             format: `"hf"` (Hugging Face: transformers, vLLM and others), `"gguf"`
-                (llama.cpp and others) or `"keras"` (KerasHub); or one of Keras' own,
-                such as `"tf_saved_model"` and `"onnx"`, which `keras.Model.export`
-                writes. `"peft"` writes the adapter in use alone, as `save_adapter`,
-                whose options it takes.
-            **options: of the first three: `dtype` to store the weights in,
-                `max_shard_size` in bytes, `overwrite` to replace an earlier export,
+                (llama.cpp and others), `"keras"` (KerasHub), `"flax"` (Google's
+                library) or `"maxtext"`; or one of Keras' own, such as
+                `"tf_saved_model"` and `"onnx"`, which `keras.Model.export` writes.
+                `"peft"` writes the adapter in use alone, as `save_adapter`, whose
+                options it takes.
+            **options: of the first five: `dtype` to store the weights in,
+                `max_shard_size` in bytes, `layout` of the last two (`"flat"` or
+                `"nested"` keys, `"scanned"` or `"unscanned"` layers), `overwrite` to
+                replace an earlier export,
                 `licence` if the weights are not under Gemma's terms, and `progress`,
                 called as `progress(done_bytes, total_bytes)`. Else those of Keras.
 

@@ -16,10 +16,12 @@ WRITERS = {
     "hf": "hugging_face_writer",
     "keras": "keras_preset_writer",
     "gguf": "gguf_writer",
+    "flax": "flax_writer",
+    "maxtext": "maxtext_writer",
 }
 
 # In this order for a directory: some hold a GGUF beside the safetensors.
-_FORMATS = ("keras_preset", "hugging_face", "gguf")
+_FORMATS = ("keras_preset", "hugging_face", "gguf", "orbax_checkpoint")
 _SUFFIXES = {
     ".h5": "keras_preset",
     ".weights.json": "keras_preset",
@@ -32,8 +34,8 @@ def open_checkpoint(path, *, config=None, dtype=None):
     """Opens a checkpoint and checks all that its headers can tell.
 
     Args:
-        path: A directory (Hugging Face, or a KerasHub preset) or a weights file
-            (.gguf, .safetensors, .weights.h5).
+        path: A directory (Hugging Face, a KerasHub preset, or Orbax from Flax or
+            MaxText) or a weights file (.gguf, .safetensors, .weights.h5).
         config: A `GemmaConfig`, for weights that come without one.
         dtype: The float dtype to decode quantised (GGUF) tensors to, `"float32"` if
             None. Tensors stored as floats come back as they are stored.
@@ -95,5 +97,6 @@ def _unknown(path):
         )
     return (
         f"{path}: holds no checkpoint. Expected config.json beside *.safetensors "
-        "(Hugging Face) or beside model.weights.h5 (KerasHub preset)."
+        "(Hugging Face) or beside model.weights.h5 (KerasHub preset), or an Orbax "
+        "directory (Flax, MaxText)."
     )
