@@ -139,15 +139,18 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             filepath: where to; it appears when it is complete.
             format: `"hf"` (Hugging Face: transformers, vLLM and others), `"gguf"`
                 (llama.cpp and others), `"torch"` (gemma_pytorch), `"nemo"` (NVIDIA NeMo
-                and Megatron-Bridge) or `"keras"` (KerasHub); or one of Keras' own, such
-                as `"tf_saved_model"` and `"onnx"`, or `"torch"` for a name that ends in
-                `.pt2`, which `keras.Model.export` writes. `"peft"` writes the adapter
-                in use alone, as `save_adapter`, whose options it takes.
-            **options: of the first five: `dtype` to store the weights in,
-                `max_shard_size` in bytes, `overwrite` to replace an earlier export,
-                `licence` if the weights are not under Gemma's terms, `progress`,
-                called as `progress(done_bytes, total_bytes)`, and `report`, called
-                with what the format does to the numbers. Else those of Keras.
+                and Megatron-Bridge), `"flax"` (Google's library), `"maxtext"` or
+                `"keras"` (KerasHub); or one of Keras' own, such as `"tf_saved_model"`
+                and `"onnx"`, or `"torch"` for a name that ends in `.pt2`, which
+                `keras.Model.export` writes. `"peft"` writes the adapter in use alone,
+                as `save_adapter`, whose options it takes.
+            **options: of the first seven: `dtype` to store the weights in,
+                `max_shard_size` in bytes, `layout` of Flax and MaxText (`"flat"` or
+                `"nested"` keys, `"scanned"` or `"unscanned"` layers), `overwrite` to
+                replace an earlier export, `licence` if the weights are not under
+                Gemma's terms, `progress`, called as
+                `progress(done_bytes, total_bytes)`, and `report`, called with what the
+                format does to the numbers. Else those of Keras.
 
         Returns:
             The path of what was written; None from Keras' formats.

@@ -23,6 +23,7 @@ gemma-keras convert ./model.gguf ./model-hf --to hf --dtype bfloat16
 gemma-keras convert ./my_model ./my_model.gguf --to gguf --dtype q8_0
 gemma-keras convert gemma_2b_en ./tuned-hf --to hf --adapter ./my_run/adapter
 gemma-keras convert ./gemma-2b.ckpt ./gemma-2b.nemo --to nemo
+gemma-keras convert ./gemma-2b ./gemma-2b-maxtext --to maxtext --layout unscanned
 gemma-keras convert hf://google/gemma-2b ./gemma-2b --to keras --force"""
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -57,6 +58,13 @@ def convert(
     max_shard_size: Annotated[
         str, option("Largest file, for formats in several; 5GB by default.")
     ] = "5GB",
+    layout: Annotated[
+        str | None,
+        option(
+            "For flax, flat (the default) or nested keys; for maxtext, scanned (the "
+            "default) or unscanned layers."
+        ),
+    ] = None,
     licence: Annotated[
         str | None,
         option(
@@ -106,11 +114,15 @@ def convert(
             to.value,
             dtype=dtype,
             max_shard_size=limit,
+            layout=layout,
             overwrite=force,
             licence=licence,
             report=told.append,
         )
+        steps = exporting.next_steps(checkpoint.config, written, to.value, layout)
     for sentence in told:
         say(sentence)
+    if steps:
+        say(f"\n{steps}\n")
     say("What was done to the weights, and what they are under, is told beside them.")
     print(written)

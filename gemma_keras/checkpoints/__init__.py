@@ -19,6 +19,8 @@ WRITERS = {
     "gguf": "gguf_writer",
     "torch": "gemma_pytorch_writer",
     "nemo": "nemo_writer",
+    "flax": "flax_writer",
+    "maxtext": "maxtext_writer",
 }
 
 # In this order for a directory: some hold a GGUF beside the safetensors.
@@ -29,6 +31,7 @@ _FORMATS = (
     "gguf",
     "nemo",
     "gemma_pytorch",
+    "orbax_checkpoint",
 )
 _SUFFIXES = {
     ".h5": "keras_preset",
@@ -51,8 +54,9 @@ def open_checkpoint(path, *, config=None, dtype=None):
     """Opens a checkpoint and checks all that its headers can tell.
 
     Args:
-        path: A directory (Hugging Face, a KerasHub preset, gemma_pytorch) or a weights
-            file (.gguf, .safetensors, .weights.h5, .ckpt, .nemo).
+        path: A directory (Hugging Face, a KerasHub preset, gemma_pytorch, or Orbax from
+            Flax or MaxText) or a weights file (.gguf, .safetensors, .weights.h5, .ckpt,
+            .nemo).
         config: A `GemmaConfig`, for weights that come without one.
         dtype: The float dtype to decode quantised tensors to, `"float32"` if None.
             Tensors stored as floats come back as they are stored.
@@ -118,5 +122,6 @@ def _unknown(path):
         )
     return (
         f"{path}: holds no checkpoint. Expected config.json beside *.safetensors "
-        "(Hugging Face) or beside model.weights.h5 (KerasHub preset)."
+        "(Hugging Face) or beside model.weights.h5 (KerasHub preset), or an Orbax "
+        "directory (Flax, MaxText)."
     )

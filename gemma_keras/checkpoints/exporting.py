@@ -10,7 +10,10 @@ A writer is a module with
 - `stored_bytes(contents, dtype)`, what it will take on the disk;
 - `write(path, contents, settings)`, which writes to the empty directory or new file
   `path` and returns a sentence for everything that is not as it was in the source;
-- `USE`, Markdown for the model card: what a reader does to run it.
+- `USE`, Markdown for the model card: what a reader does to run it; or a function
+  `use(config, layout, path="PATH")` that returns it, where that depends on the model.
+  What such a function tells, `next_steps` tells too;
+- `LAYOUTS`, if there are several ways of laying out the arrays, the usual one first.
 """
 
 import dataclasses
@@ -60,12 +63,14 @@ class Settings:
     Attributes:
         dtype: How weights are stored, one of the writer's `DTYPES`.
         max_shard_size: Most bytes of a file, for formats in several; None for one file.
+        layout: One of the writer's `LAYOUTS`; None for a format that has none.
         title: The name of what is written.
         facts: What provenance.json says, for formats that keep it inside their file.
     """
 
     dtype: str
     max_shard_size: float | None
+    layout: str | None
     title: str
     facts: dict
 
@@ -77,6 +82,7 @@ def export(
     *,
     dtype=None,
     max_shard_size=5e9,
+    layout=None,
     overwrite=False,
     licence=None,
     report=None,
@@ -88,9 +94,13 @@ def export(
         destination: A directory; or a file, where the format is one file and the name
             ends as its names do. It appears when it is complete.
         format: One of `FORMATS`.
-        dtype: How to store the weights; None for as they are.
+        dtype: How to store the weights; None for as they are, or for the only way
+            that the format has.
         max_shard_size: Most bytes of a file, for formats in several files; None for
             one file.
+        layout: How to lay out the arrays, for formats with several ways: `"flat"` or
+            `"nested"` for Flax, `"scanned"` or `"unscanned"` for MaxText; None for
+            the first.
         overwrite: Whether to replace an earlier export. A directory with files that
             no export wrote is never touched.
         licence: What the weights are under, as Hugging Face writes it (`"gemma"`,
@@ -106,7 +116,9 @@ def export(
             the model, or a tensor is wrong. Then nothing is written.
     """
     writer = _writer(format)
-    dtype = dtype or contents.dtype
+    if dtype is None:
+        only = writer.DTYPES[0] if len(writer.DTYPES) == 1 else None
+        dtype = only or contents.dtype
     if dtype not in writer.DTYPES:
         raise CheckpointError(
             f"{writer.FORMAT} stores weights as {', '.join(writer.DTYPES)}; got "
@@ -116,6 +128,7 @@ def export(
         raise CheckpointError(
             f"max_shard_size must be a positive number, got {max_shard_size!r}."
         )
+    layout = _layout(writer, layout)
     destination = Path(destination).expanduser().resolve()
     single = writer.SUFFIX is not None and destination.name.endswith(writer.SUFFIX)
     contents = _telling(contents, writer, dtype, licence)
@@ -130,6 +143,7 @@ def export(
         settings = Settings(
             dtype=dtype,
             max_shard_size=max_shard_size,
+            layout=layout,
             title=destination.name,
             facts=facts,
         )
@@ -149,9 +163,43 @@ def _write_directory(partial, writer, contents, settings, hashes):
     told = writer.write(partial, contents, settings)
     facts["modified"] += told
     facts["source"]["files"] = hashes()
-    card = provenance.model_card(settings.title, contents, facts, writer.USE)
+    use = _use(writer, contents.config, settings.layout)
+    card = provenance.model_card(settings.title, contents, facts, use)
     provenance.write_papers(partial, facts, card)
     return told
+
+
+def _use(writer, config, layout):
+    return writer.use(config, layout) if hasattr(writer, "use") else writer.USE
+
+
+def next_steps(config, path, format, layout=None) -> str:
+    """Commands that go on with an export, as Markdown; empty where there are none.
+
+    Args:
+        config: The `GemmaConfig` of what was exported.
+        path: Where to.
+        format: One of `FORMATS`.
+        layout: As it was given to `export`.
+    """
+    writer = _writer(format)
+    if not hasattr(writer, "use"):
+        return ""
+    return writer.use(config, _layout(writer, layout), path)
+
+
+def _layout(writer, layout):
+    """The layout to write, or an error that lists those there are."""
+    known = getattr(writer, "LAYOUTS", ())
+    if layout is None:
+        return next(iter(known), None)
+    if layout not in known:
+        raise CheckpointError(
+            f"{writer.FORMAT} has the layouts {', '.join(known)}; got {layout!r}."
+            if known
+            else f"{writer.FORMAT} has one layout only; got {layout!r}."
+        )
+    return layout
 
 
 def _writer(format):

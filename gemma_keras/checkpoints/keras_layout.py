@@ -105,7 +105,7 @@ def group(path, config):
     return f"{family(config)}_decoder_block{suffix}/{_GROUPS[role]}"
 
 
-def _heads(path, config):
+def head_count(path, config):
     """Query heads, key heads, or None for a weight without a heads axis."""
     if path.endswith(("attention/query/kernel", "attention_output/kernel")):
         return config.num_query_heads
@@ -116,7 +116,7 @@ def _heads(path, config):
 
 def stored_shape(path, shape, config):
     """The shape that KerasHub gives a weight of our shape."""
-    heads = _heads(path, config)
+    heads = head_count(path, config)
     if heads is None:
         return shape
     if path.endswith("attention_output/kernel"):
@@ -126,7 +126,7 @@ def stored_shape(path, shape, config):
 
 def to_stored(path, array, config):
     """Our [D, N H] or [N H, D] kernel with the heads as KerasHub's axis."""
-    heads = _heads(path, config)
+    heads = head_count(path, config)
     if heads is None:
         return array
     if path.endswith("attention_output/kernel"):
@@ -137,7 +137,7 @@ def to_stored(path, array, config):
 
 def from_stored(path, array, config):
     """The inverse of `to_stored`."""
-    heads = _heads(path, config)
+    heads = head_count(path, config)
     if heads is None:
         return array
     if path.endswith("attention_output/kernel"):
