@@ -340,7 +340,7 @@ class GemmaBackbone(Adaptable, Quantizable, keras.Model):
     def _train_block(self, block, x, table, mask, noise):
         # A closure: TensorFlow's remat takes numbers only, which masks are not.
         run = lambda x: block(x, table, mask, noise=noise)  # noqa: E731
-        return keras.remat(run)(x) if self.remat else run(x)
+        return backend.remat(run)(x) if self.remat else run(x)
 
     def embed(self, inputs, layer_intercept_fn=None):
         """Scaled embeddings [B, T, D], in the dtype of the residual stream."""

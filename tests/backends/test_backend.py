@@ -69,3 +69,31 @@ def test_products_in_programs_are_products(shape, outputs, transposed):
     expected = x.astype("float64") @ kernel.astype("float64")
     assert product.shape == expected.shape
     np.testing.assert_allclose(product, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(backend.NAME != "jax", reason="a remat of JAX' own")
+def test_what_is_computed_twice_is_not_kept_by_xla():
+    import jax
+
+    rng = np.random.default_rng(0)
+    kernels = rng.normal(0, 0.1, (8, 32, 512)).astype("float32")
+    x = rng.normal(size=(256, 32)).astype("float32")
+
+    def gradients(wrap):
+        def total(kernels, x):
+            for kernel in kernels:
+                # The kernel is closed over, as a layer's is.
+                block = lambda x, w=kernel: x + jax.numpy.tanh(x @ w) @ w.T  # noqa: E731
+                x = wrap(block)(x)
+            return jax.numpy.sum(x * x)
+
+        program = jax.jit(jax.grad(total, argnums=(0, 1))).lower(kernels, x).compile()
+        return program(kernels, x), program.memory_analysis().temp_size_in_bytes
+
+    expected, kept = gradients(lambda block: block)
+    found, recomputed = gradients(backend.remat)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+    # Eight blocks of [256, 512] are kept without it, one or two of them with it.
+    assert kept > 8 * 256 * 512 * 4
+    assert recomputed < kept / 2
