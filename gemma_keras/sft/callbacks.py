@@ -151,42 +151,65 @@ class Validation(StepCallback):
         every: steps between measurements.
         patience: stop after so many without a loss below the best; 0 never stops.
         last: the last step of the run, which is measured in any case.
+        tell: is called with `before` once it is known.
+
+    Attributes:
+        before: what would be added to `logs`, measured before the first step.
     """
 
-    def __init__(self, dataset, every, *, patience=0, last=None):
+    def __init__(self, dataset, every, *, patience=0, last=None, tell=None):
         super().__init__()
         self.dataset, self.every = dataset, every
         self.patience, self.last = patience, last
         self.best, self.waited = None, 0
+        self.before, self.tell = None, tell
 
     @property
     def has_stopped(self):
         """Whether the run has ended early."""
         return bool(self.patience) and self.waited >= self.patience
 
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        if self.step == 0:
+            self.before = self._measure()
+            if self.tell is not None:
+                self.tell(self.before)
+
     def on_step_end(self, logs):
         if self.step % self.every and self.step != self.last:
             return
         if not math.isfinite(logs["loss"]):
             return
-        backend.sync_training(self.model)
-        found = self.model.evaluate(self.dataset, verbose=0, return_dict=True)
-        logs["val_loss"] = found["loss"]
-        logs["val_perplexity"] = perplexity(found["loss"])
-        if "sparse_categorical_accuracy" in found:
-            logs["val_accuracy"] = found["sparse_categorical_accuracy"]
-        if self.best is None or found["loss"] < self.best:
-            self.best, self.waited = found["loss"], 0
+        logs |= self._measure()
+        if self.best is None or logs["val_loss"] < self.best:
+            self.best, self.waited = logs["val_loss"], 0
         else:
             self.waited += 1
         if self.has_stopped:
             self.model.stop_training = True
 
+    def _measure(self):
+        backend.sync_training(self.model)
+        found = self.model.evaluate(self.dataset, verbose=0, return_dict=True)
+        measured = {"val_loss": found["loss"]}
+        measured["val_perplexity"] = perplexity(found["loss"])
+        if "sparse_categorical_accuracy" in found:
+            measured["val_accuracy"] = found["sparse_categorical_accuracy"]
+        return measured
+
     def get_state(self):
-        return {"best": self.best, "waited": self.waited}
+        return {"best": self.best, "waited": self.waited, "before": self.before}
 
     def set_state(self, values):
         self.best, self.waited = values.get("best"), values.get("waited", 0)
+        self.before = values.get("before")
+
+
+def described(measured):
+    """What `Validation` measured, in words."""
+    loss = measured["val_loss"]
+    return f"validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}"
 
 
 def perplexity(loss):

@@ -3,7 +3,7 @@
 import time
 
 from gemma_keras.console import bars, say
-from gemma_keras.sft.callbacks import StepCallback, perplexity
+from gemma_keras.sft.callbacks import StepCallback, described
 
 # Seconds between two lines where stderr is no terminal.
 _PAUSE = 10.0
@@ -43,10 +43,7 @@ class Progress(StepCallback):
         now = time.monotonic()
         lines = self._display.disable
         if "val_loss" in logs:
-            self._line(
-                f"step {self.step:,}: validation loss {logs['val_loss']:.4f}, "
-                f"perplexity {perplexity(logs['val_loss']):.2f}"
-            )
+            self._line(f"step {self.step:,}: {described(logs)}")
         ends = self.step == self.total
         if lines and (self._said is None or now - self._said > _PAUSE or ends):
             self._said = now

@@ -54,7 +54,7 @@ def write_report(folder):
         f"<h1>{html.escape(run.get('title', folder.resolve().name))}</h1>",
         _facts(rows, run),
         "<h2>Curves</h2>",
-        _charts(rows),
+        _charts(rows, run.get("before")),
         _samples(folder / "samples.jsonl"),
         _table("Config", _read_config(folder / "config.yaml")),
         _table("Data", {d["path"]: d["found"] for d in run.get("data", [])}),
@@ -107,6 +107,8 @@ def _facts(rows, run):
     if measured:
         best = min(measured, key=lambda row: row["val_loss"])
         value = f"{best['val_perplexity']:.3f} at step {int(best['step']):,}"
+        if run.get("before"):
+            value = f"{run['before']['val_perplexity']:.3f} → {value}"
         facts += [("best validation perplexity", value)]
     if rows and "tokens_seen" in rows[-1]:
         facts += [("tokens seen", f"{int(rows[-1]['tokens_seen']):,}")]
@@ -123,9 +125,12 @@ def _facts(rows, run):
     return f'<ul class="facts">{items}</ul>'
 
 
-def _charts(rows):
+def _charts(rows, before):
+    # What validation found before training is the curve's point at step 0.
+    measured = [{"step": 0, **(before or {})}, *rows]
+
     def series(name):
-        return [(row["step"], row[name]) for row in rows if name in row]
+        return [(row["step"], row[name]) for row in measured if name in row]
 
     loss = series("loss")
     drawn = [

@@ -162,7 +162,11 @@ class _Run:
         found = [self.metrics]
         if self.data.validation is not None:
             self.validation = callbacks.Validation(
-                self.data.validation, every, patience=config.early_stopping, last=total
+                self.data.validation,
+                every,
+                patience=config.early_stopping,
+                last=total,
+                tell=self._note_before,
             )
             found.append(self.validation)
         if config.sample_prompts:
@@ -212,6 +216,10 @@ class _Run:
                 f"{self.folder.path} has {size(free)} left: make room, lower keep, or "
                 "name another folder with out."
             )
+
+    def _note_before(self, measured):
+        self.folder.update(before=measured)
+        say(f"Before training: {callbacks.described(measured)}")
 
     def _note_versions(self):
         self.folder.update(versions=versions(backend.description()))

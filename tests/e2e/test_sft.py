@@ -151,6 +151,10 @@ def test_eval_finds_the_perplexity_that_the_run_has_found(whole, random_preset):
     base = json.loads(invoke(*asked, "--json").stdout)
     assert base["tokens"] == found["tokens"]
     assert base["loss"] > found["loss"]
+    # It is what was measured before the first step.
+    before = json.loads((whole / "run.json").read_text())["before"]
+    assert base["loss"] == pytest.approx(before["val_loss"], rel=1e-5)
+    assert base["accuracy"] == pytest.approx(before["val_accuracy"])
 
 
 def test_eval_reads_a_text_file_whole(random_preset, tmp_path):

@@ -41,6 +41,20 @@ def test_it_is_one_file_that_fetches_nothing(folder):
     assert "validation" in page
 
 
+def test_what_validation_found_before_training_comes_first(folder):
+    run = json.loads((folder / "run.json").read_text())
+    run["before"] = {"val_loss": 2.5, "val_perplexity": 12.182}
+    (folder / "run.json").write_text(json.dumps(run))
+    page = write_report(folder).read_text("utf-8")
+    assert "12.182 → 4.482 at step 10" in page
+    figure = ElementTree.fromstring(re.search(r"<svg.*?</svg>", page)[0])
+    *_, validation = figure.findall("polyline")
+    places = [tuple(map(float, p.split(","))) for p in validation.get("points").split()]
+    # Worse is higher up, where y is smaller.
+    assert len(places) == 5
+    assert places[0][0] < places[1][0] and places[0][1] < places[1][1]
+
+
 def test_its_curves_are_where_the_numbers_are(folder):
     page = write_report(folder).read_text("utf-8")
     figures = [ElementTree.fromstring(f) for f in re.findall(r"<svg.*?</svg>", page)]
