@@ -1,6 +1,8 @@
 """A model in memory, exported: every bit of it, and what others compute from it."""
 
 import dataclasses
+import functools
+import importlib.util
 import json
 
 import keras
@@ -44,6 +46,25 @@ CONFIGS = {
         rope_scaling_factor=8.0,
     ),
 }
+# Each as a directory, and as a single file where it has one.
+FORMS = {name: (name, "") for name in WRITERS}
+FORMS |= {"torch file": ("torch", ".ckpt"), "nemo file": ("nemo", ".nemo")}
+NEEDS_TORCH = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None,
+    reason="files of torch.save are read and written with torch",
+)
+PAIRS = [
+    pytest.param(
+        CONFIGS[family],
+        form,
+        id=f"{form}-{family}",
+        marks=[NEEDS_TORCH] if "torch" in form or "file" in form else [],
+    )
+    for form in FORMS
+    for family in CONFIGS
+    # NeMo has Gemma 3 since version 2, which imports the directory.
+    if (form, family) != ("nemo file", "gemma3")
+]
 IDS = np.random.default_rng(3).integers(3, 97, (2, 19))
 
 
@@ -53,20 +74,31 @@ def config(request):
     return CONFIGS[request.param]
 
 
-def fitting(config, format):
+def fitting(config, form):
     """The config as the format can hold it: GGUF tells no query scale."""
-    if format == "gguf":
+    if form == "gguf":
         return dataclasses.replace(config, query_pre_attn_scalar=config.head_dim)
     return config
 
 
-def stored(path, array, format):
-    """What a format keeps of an array: in GGUF, norms plus one in float32."""
-    if format == "gguf" and path.endswith("scale"):
+def stored(path, array, form):
+    """What comes back of an array: from GGUF, norms plus one in float32."""
+    if form == "gguf" and path.endswith("scale"):
         return (array.astype("float32") + np.float32(1)) - np.float32(1)
-    return array
+    # Of .nemo files, norms are in float32, with every bit.
+    return array.astype("float32") if is_norm_of_nemo(path, form) else array
 
 
+def is_norm_of_nemo(path, form):
+    return form == "nemo file" and path.endswith("scale")
+
+
+def export(lm, folder, form, **options):
+    format, suffix = FORMS[form]
+    return lm.export(folder / f"m{suffix}", format=format, **options)
+
+
+@functools.cache
 def build(config, dtype="float32", lora=False):
     """A random model, its norms too, with or without updates of every projection."""
 
@@ -98,33 +130,33 @@ def held(lm):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("format", list(WRITERS))
-def test_every_bit_of_a_model_is_written(tmp_path, config, dtype, format):
-    config = fitting(config, format)
+@pytest.mark.parametrize(("config", "form"), PAIRS)
+def test_every_bit_of_a_model_is_written(tmp_path, config, dtype, form):
+    config = fitting(config, form)
     lm = build(config, dtype)
-    lm.export(tmp_path / "m", format=format)
-    with open_checkpoint(tmp_path / "m") as checkpoint:
+    with open_checkpoint(export(lm, tmp_path, form)) as checkpoint:
         assert (checkpoint.config, checkpoint.dtype) == (config, dtype)
         for path, expected in held(lm).items():
             found = checkpoint.tensor(path)
-            expected = stored(path, expected, format)
+            expected = stored(path, expected, form)
             assert found.dtype == expected.dtype
             assert found.tobytes() == expected.tobytes(), path
 
 
-@pytest.mark.parametrize("format", list(WRITERS))
-def test_low_rank_updates_are_merged(tmp_path, config, format):
-    lm = build(fitting(config, format), lora=True)
-    lm.export(tmp_path / "m", format=format)
-    facts = json.loads((tmp_path / "m" / "provenance.json").read_text())
-    assert "rank 3, alpha 5) of attention_output, ffw_" in facts["modified"][0]
-    with open_checkpoint(tmp_path / "m") as checkpoint:
+@pytest.mark.parametrize(("config", "form"), PAIRS)
+def test_low_rank_updates_are_merged(tmp_path, config, form):
+    lm = build(fitting(config, form), lora=True)
+    path = export(lm, tmp_path, form)
+    if path.is_dir():
+        facts = json.loads((path / "provenance.json").read_text())
+        assert "rank 3, alpha 5) of attention_output, ffw_" in facts["modified"][0]
+    with open_checkpoint(path) as checkpoint:
         for path, expected in held(lm).items():
             found = checkpoint.tensor(path)
             # float32 rounds numbers of order one at 6e-8, in a few steps.
             np.testing.assert_allclose(found, expected, atol=5e-7, rtol=0)
             if not path.endswith("kernel"):
-                assert found.tobytes() == stored(path, expected, format).tobytes()
+                assert found.tobytes() == stored(path, expected, form).tobytes()
 
 
 @pytest.mark.reference
@@ -177,8 +209,19 @@ def test_an_adapter_alone_is_what_save_adapter_writes(tmp_path):
 
 
 def test_an_unknown_format_is_refused_with_all_names(lm, tmp_path):
-    with pytest.raises(ValueError, match=r"tf_saved_model.*hf, keras, gguf, peft"):
+    with pytest.raises(ValueError, match=r"tf_saved_model.*gguf, torch, nemo, peft"):
         lm.export(tmp_path / "m", format="pickle")
+
+
+def test_programs_of_torch_are_written_by_keras(lm, tmp_path, monkeypatch):
+    """Keras calls its own format "torch", too, and wants a name in .pt2 for it."""
+    asked = []
+    monkeypatch.setattr(
+        keras.Model, "export", lambda self, path, **options: asked.append(options)
+    )
+    lm.export(tmp_path / "m.pt2", format="torch", verbose=False)
+    assert asked == [{"format": "torch", "verbose": False}]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(

@@ -42,6 +42,26 @@ def test_a_preset_goes_to_a_format_and_answers_as_before(tmp_path, to):
     assert facts["licence"] == "apache-2.0"
 
 
+@pytest.mark.parametrize("form", ["gguf", "ckpt", "nemo", "int8"])
+def test_a_file_answers_too(tmp_path, form):
+    suffix = "ckpt" if form == "int8" else form
+    to = {"ckpt": "torch", "int8": "torch"}.get(form, form)
+    options = ["--dtype", "int8"] if form == "int8" else []
+    result = convert(PRESET, tmp_path / f"m.{suffix}", "--to", to, *options)
+    assert result.exit_code == 0, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [f"m.{suffix}"]
+    # The content tells the format, and not the name.
+    path = (tmp_path / f"m.{suffix}").rename(tmp_path / "nameless")
+    question = [{"role": "user", "content": "What color is the sky?"}]
+    lm = gemma_keras.GemmaCausalLM.from_preset(path)
+    assert "blue" in lm.generate(question, max_new_tokens=12)
+    told = [line for line in result.stderr.splitlines() if "rounded to int8" in line]
+    assert len(told) == (form == "int8")
+    info = typer.testing.CliRunner().invoke(cli.app, ["info", str(path), "--json"])
+    expected = {"torch": "gemma_pytorch", "nemo": "NVIDIA NeMo", "gguf": "GGUF"}[to]
+    assert json.loads(info.stdout)["format"] == expected
+
+
 def test_dtype_shards_licence_and_force(tmp_path):
     options = ("--to", "hf", "--dtype", "float32", "--max-shard-size", "4MB")
     assert convert(PRESET, tmp_path / "m", *options).exit_code == 0

@@ -244,6 +244,11 @@ def test_handles_that_are_not_understood(handle):
             "model_00001.weights.h5",
         ),
         ("README.md gemma-q4.gguf", "gemma-q4.gguf"),
+        (
+            "README.md config.json gemma-2b.ckpt tokenizer.model",
+            "config.json tokenizer.model gemma-2b.ckpt",
+        ),
+        ("README.md gemma-2b.nemo", "gemma-2b.nemo"),
     ],
 )
 def test_needed_files(names, needed):
@@ -256,6 +261,7 @@ def test_needed_files(names, needed):
         ("README.md", "neither safetensors nor"),
         ("config.json pytorch_model.bin", "neither safetensors nor"),
         ("a.gguf b.gguf", "several GGUF files.*a.gguf, b.gguf"),
+        ("a.ckpt b.ckpt", "nor one GGUF, .ckpt or .nemo file"),
         ("model.safetensors", "no config.json"),
     ],
 )
