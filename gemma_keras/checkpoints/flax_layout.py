@@ -69,7 +69,7 @@ class FlaxLayout:
     @staticmethod
     def is_decoder(name):
         """Whether an array is a part of the decoder."""
-        return name[0] not in _VISION and not name[1:2] in (
+        return name[0] not in _VISION and name[1:2] not in (
             ("mm_input_projection",),
             ("mm_soft_embedding_norm",),
         )

@@ -54,7 +54,9 @@ def told_of_rows(config):
     """A sentence about rows of the embedding that are added or left out."""
     count = stored_rows(config.vocab_size) - config.vocab_size
     if count > 0:
-        return [f"{count} rows of zeros were added to the embedding, as is usual there."]
+        return [
+            f"{count} rows of zeros were added to the embedding, as is usual there."
+        ]
     if count < 0:
         return [f"The last {-count} rows of the embedding, no text's, were left out."]
     return []

@@ -244,9 +244,7 @@ class OrbaxDirectory:
         if not self._fills:
             spec["fill_missing_data_reads"] = False
         with self._told(key):
-            return self._library.open(
-                spec, open=True, read=True, context=self._context
-            )
+            return self._library.open(spec, open=True, read=True, context=self._context)
 
     def _checked(self, name, handle):
         where = f"{self.path}: {self._keys[name]}"
