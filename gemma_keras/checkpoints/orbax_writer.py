@@ -115,7 +115,11 @@ class OrbaxWriter:
         self._batch, self._held = self._library.Transaction(), 0
 
     def _commit(self):
-        self._batch.commit_sync()
+        try:
+            self._batch.commit_sync()
+        except ValueError as error:
+            # What tensorstore makes of a disk that is full or refuses.
+            raise OSError(str(error)) from error
         self._begin()
 
     def number(self, key, value):

@@ -305,3 +305,120 @@ def test_nemo_would_give_our_logits(tmp_path, family, heads, lora):
     again = GemmaCausalLM.from_preset(path)
     same = ops.convert_to_numpy(again({"token_ids": IDS}))
     np.testing.assert_allclose(same, expected, atol=1e-5, rtol=0)
+
+
+# Orbax: trees of arrays, restored by Orbax itself
+
+
+def restored(path):
+    """The tree of an Orbax directory, in float64."""
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    tree = checkpoint.PyTreeCheckpointer().restore(str(path))
+    return keras.tree.map_structure(lambda x: np.asarray(x, "float64"), tree)
+
+
+def of_flax(config, tree):
+    """Google's Flax files: einsums, and keys that are paths."""
+
+    def qkv(attention):
+        if "qkv_einsum" in attention:
+            return attention["qkv_einsum"]["w"]
+        return attention["q_einsum"]["w"], *attention["kv_einsum"]["w"]
+
+    def layer(number):
+        start = f"transformer/layer_{number}/"
+        found = {
+            name.removeprefix(start): leaf
+            for name, leaf in tree.items()
+            if name.startswith(start)
+        }
+        names = [name for name in found if name.startswith("attn/")]
+        kernels = qkv({name.removeprefix("attn/"): found[name] for name in names})
+        out = found["attn/attn_vec_einsum"]["w"]
+        gating = found["mlp/gating_einsum"]["w"]
+        return {
+            "qkv": lambda x: [np.einsum("btd,ndh->btnh", x, w) for w in kernels],
+            "gates": lambda x: (x @ gating[0], x @ gating[1]),
+            "before_attention": 1 + found["pre_attention_norm"]["scale"],
+            "before_ffw": 1 + found["pre_ffw_norm"]["scale"],
+            "out": out.reshape(-1, out.shape[-1]).T,
+            "down": found["mlp/linear"]["w"].T,
+        }
+
+    table = tree["transformer/embedder"]["input_embedding"]
+    return forward(config, table, layer, 1 + tree["transformer/final_norm"]["scale"])
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("heads", HEADS)
+def test_flax_would_give_our_logits(tmp_path, heads):
+    lm = build("gemma", heads)
+    path = lm.export(tmp_path / "m", format="flax")
+    expected = of_flax(lm.config, restored(path / "checkpoint"))
+    found = logits_of("gemma", heads)
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+
+
+def of_maxtext(config, tree):
+    """MaxText: factors folded into weights; layers stacked on the second axis, or not.
+
+    Of Gemma 2 a local and a global layer make one.
+    """
+    decoder, pairs = tree["params"]["params"]["decoder"], config.family == "gemma2"
+
+    def layer(number):
+        place = number // 2 if pairs else number
+        suffix = ("_local", "_global")[number % 2] if pairs else ""
+
+        def get(*names):
+            found = decoder.get(f"layers_{place}", decoder.get("layers"))
+            found = found[names[0] + suffix]
+            for name in names[1:]:
+                found = found[name]
+            return found.take(place, 1) if "layers" in decoder else found
+
+        def qkv(x):
+            q, k, v = (
+                np.einsum("btd,dnh->btnh", x, get("self_attention", name, "kernel"))
+                for name in ("query", "key", "value")
+            )
+            return q * config.query_pre_attn_scalar**0.5, k, v
+
+        def gates(x):
+            return [x @ get("mlp", name, "kernel") for name in ("wi_0", "wi_1")]
+
+        out = get("self_attention", "out", "kernel")
+        weights = {
+            "qkv": qkv,
+            "gates": gates,
+            "before_attention": get("pre_self_attention_norm", "scale"),
+            "before_ffw": get("pre_ffw_norm", "scale"),
+            "out": out.reshape(-1, out.shape[-1]).T,
+            "down": get("mlp", "wo", "kernel").T,
+        }
+        if config.use_post_norms:
+            weights["after_attention"] = get("post_self_attention_norm", "scale")
+            weights["after_ffw"] = get("post_ffw_norm", "scale")
+        return weights
+
+    embedder = tree["params"]["params"]["token_embedder"]["embedding"]
+    table = embedder / np.sqrt(config.hidden_dim)
+    return forward(config, table, layer, decoder["decoder_norm"]["scale"])
+
+
+# MaxText has Gemma 2's layers in pairs.
+FAMILIES["gemma2 in pairs"] = FAMILIES["gemma2"] | {"num_layers": 4}
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("layout", ["scanned", "unscanned"])
+@pytest.mark.parametrize("family", ["gemma", "gemma2 in pairs"])
+def test_maxtext_would_give_our_logits(tmp_path, family, layout):
+    lm = build(family, HEADS[0])
+    path = lm.export(tmp_path / "m", format="maxtext", layout=layout)
+    expected = of_maxtext(lm.config, restored(path / "0" / "items"))
+    found = logits_of(family, HEADS[0])
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    again = GemmaCausalLM.from_preset(path)
+    same = ops.convert_to_numpy(again({"token_ids": IDS}))
+    np.testing.assert_allclose(same, expected, atol=1e-5, rtol=0)
