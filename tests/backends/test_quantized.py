@@ -21,6 +21,8 @@ from gemma_keras.quantization import Packing, Quantization, unpack
 # Rows that int4 groups divide: 128 columns for the outputs of attention, 48 for those
 # of the feed-forward, 32 for the rest.
 WIDE = dataclasses.replace(CONFIG, hidden_dim=32, ffn_dim=48, head_dim=16)
+# XLA takes long to compile what TensorFlow traces; one test lets it.
+JIT = keras.backend.backend() == "jax"
 IDS = np.arange(3, 43).reshape(2, 20)
 INPUTS = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
 MODES = {
@@ -123,22 +125,21 @@ def test_a_prime_number_of_rows_is_restored_as_a_whole():
     assert packed._divisor(250_007, 8192) == 250_007
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_greedy_answers_are_those_of_the_restored_weights(floats, mode):
-    lm, twin = quantised(floats, MODES[mode])
+def test_greedy_answers_are_those_of_the_restored_weights(floats):
+    lm, twin = quantised(floats, MODES["int4"])
     prompts = ["The cat sat", "A dog came by and asked the cat"]
     answers = lm.generate(prompts, max_new_tokens=24, stop_token_ids=[])
     assert answers == twin.generate(prompts, max_new_tokens=24, stop_token_ids=[])
 
 
-def train(lm, remat=False, accumulation=1):
+def train(lm, remat=False):
     """Losses and factors of some steps of all adapters."""
     keras.utils.set_random_seed(3)
     lm.enable_lora(3, targets=["all-linear", "token_embedding"])
     lm.compile(
-        optimizer=keras.optimizers.SGD(0.5),
+        optimizer=keras.optimizers.SGD(0.05),
         remat=remat,
-        gradient_accumulation_steps=accumulation,
+        jit_compile=JIT,
     )
     lm.preprocessor.sequence_length = 24
     texts = ["The cat sat on the mat", "A dog came by and asked", "Two birds sang"] * 2
@@ -164,12 +165,24 @@ def test_gradients_in_runs_are_the_same(floats, small_runs):
     np.testing.assert_allclose(train(lm)[0], train(twin)[0], rtol=1e-5)
 
 
+def test_adapters_learn_in_a_compiled_program(floats):
+    lm, twin = quantised(floats, MODES["int4"])
+    losses = []
+    for model in (lm, twin):
+        keras.utils.set_random_seed(3)
+        model.enable_lora(2)
+        model.compile(optimizer=keras.optimizers.SGD(0.05))
+        texts = ["The cat sat on the mat"] * 2
+        losses.append(model.fit(texts, epochs=2, verbose=0).history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 def test_dora_sees_the_restored_columns(floats):
     lm, twin = quantised(floats, MODES["int4"])
     for model in (lm, twin):
         keras.utils.set_random_seed(3)
         model.enable_lora(2, dora=True)
-        model.compile(optimizer=keras.optimizers.SGD(0.1))
+        model.compile(optimizer=keras.optimizers.SGD(0.1), jit_compile=JIT)
     one, other = (
         m.fit(["The cat sat on the mat"] * 2, epochs=2, verbose=0).history["loss"]
         for m in (lm, twin)
