@@ -157,7 +157,9 @@ def test_adapters_learn_as_beside_the_restored_weights(floats, mode, remat):
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     for path, arrays in others.items():
         for name, array in arrays.items():
-            np.testing.assert_allclose(factors[path][name], array, atol=2e-5)
+            # Rounding in another order; a wrong gradient is off by its own size.
+            difference = np.linalg.norm(factors[path][name] - array)
+            assert difference <= 1e-4 * np.linalg.norm(array), (path, name)
 
 
 def test_gradients_in_runs_are_the_same(floats, small_runs):
