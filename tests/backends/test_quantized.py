@@ -157,9 +157,10 @@ def test_adapters_learn_as_beside_the_restored_weights(floats, mode, remat):
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     for path, arrays in others.items():
         for name, array in arrays.items():
-            # Rounding in another order; a wrong gradient is off by its own size.
+            # Three steps amplify what is rounded in another order, to 1e-4 or so; a
+            # gradient that is wrong anywhere is off by a share of its own size.
             difference = np.linalg.norm(factors[path][name] - array)
-            assert difference <= 1e-4 * np.linalg.norm(array), (path, name)
+            assert difference <= 1e-3 * np.linalg.norm(array), (path, name)
 
 
 def test_gradients_in_runs_are_the_same(floats, small_runs):
