@@ -340,7 +340,11 @@ class GemmaBackbone(Adaptable, Quantizable, keras.Model):
     def _train_block(self, block, x, table, mask, noise):
         # A closure: TensorFlow's remat takes numbers only, which masks are not.
         run = lambda x: block(x, table, mask, noise=noise)  # noqa: E731
-        return backend.remat(run)(x) if self.remat else run(x)
+        if not self.remat:
+            return run(x)
+        # Quantised products have gradients of their own, which ours cannot go through.
+        remat = keras.remat if block.attention.query.packed else backend.remat
+        return remat(run)(x)
 
     def embed(self, inputs, layer_intercept_fn=None):
         """Scaled embeddings [B, T, D], in the dtype of the residual stream."""
