@@ -38,11 +38,12 @@ from gemma_keras.cli_base import (
     command,
     interrupt,
     interrupted,
+    leave,
     option,
     start_keras_on,
     take_unraisable,
 )
-from gemma_keras.console import SHOW_CURSOR, say, size, table
+from gemma_keras.console import say, size, table
 
 app.add_typer(cli_data.data_app, name="data")
 
@@ -335,11 +336,6 @@ def main():
         app(prog_name="gemma-keras")
     finally:
         if interrupted.is_set():
-            # At once: threads of the backend may still be computing, and would crash
-            # while the interpreter takes itself down around them.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             sys.stdout.flush()
-            # Here, too: an interrupt inside of the display's own start or end leaves
-            # it half done.
-            say(SHOW_CURSOR if sys.stderr.isatty() else "")
-            os._exit(130)
+            leave()

@@ -15,8 +15,11 @@ import typer
 
 import gemma_keras
 from gemma_keras.backend_choice import Backend, choose_backend
-from gemma_keras.console import loading, message, say
+from gemma_keras.console import SHOW_CURSOR, loading, message, say
 from gemma_keras.quantization import MODES
+
+# Exit status of a process that Ctrl-C ended, as shells have it.
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="Run Gemma on JAX, PyTorch or TensorFlow.",
@@ -152,7 +155,7 @@ def command(example, group=app):
             except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
                 raise
             except KeyboardInterrupt:
-                raise typer.Exit(130) from None
+                raise typer.Exit(INTERRUPTED) from None
             except Exception as error:
                 if debug:
                     raise
@@ -175,6 +178,7 @@ def start_keras_on(backend):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
+
 interrupted = threading.Event()
 lost = threading.Event()
 
@@ -183,11 +187,26 @@ def interrupt(*_):
     """What Ctrl-C does.
 
     An exception alone is not enough: raised inside a callback of native code, it is
-    lost, and the answer would go on.
+    lost, and the answer would go on. A second Ctrl-C does not wait for what the first
+    one ended: raised inside of that, it could leave a lock that is never freed.
     """
+    if interrupted.is_set() and not lost.is_set():
+        leave()
     interrupted.set()
     lost.clear()
     raise KeyboardInterrupt
+
+
+def leave():
+    """Ends the process as interrupted, at once, with the terminal's cursor shown.
+
+    Threads of the backend may still be computing, and would crash while the interpreter
+    takes itself down around them.
+    """
+    # Past Python's own buffers, which a signal may have found in the middle of a write.
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), f"{SHOW_CURSOR}\n".encode())
+    os._exit(INTERRUPTED)
 
 
 def interrupt_again():

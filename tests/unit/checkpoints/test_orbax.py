@@ -208,7 +208,8 @@ def test_a_file_cut_short_is_told_on_reading(whole, tmp_path):
     largest = max(
         (f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
     )
-    largest.write_bytes(largest.read_bytes()[:-100])
+    # By half: its end may be an index that a later one has replaced.
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     with pytest.raises(CheckpointError), open_checkpoint(folder) as checkpoint:
         for path in checkpoint.config.weight_shapes():
             checkpoint.tensor(path)
