@@ -178,7 +178,6 @@ def start_keras_on(backend):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
-
 interrupted = threading.Event()
 lost = threading.Event()
 
@@ -203,9 +202,12 @@ def leave():
     Threads of the backend may still be computing, and would crash while the interpreter
     takes itself down around them.
     """
-    # Past Python's own buffers, which a signal may have found in the middle of a write.
     if sys.stderr.isatty():
-        os.write(sys.stderr.fileno(), f"{SHOW_CURSOR}\n".encode())
+        # Past Python's own buffers, which a signal may have found in the middle of a
+        # write; and so that a thread which draws a display does not have the last word.
+        terminal = os.dup(sys.stderr.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        os.write(terminal, f"{SHOW_CURSOR}\n".encode())
     os._exit(INTERRUPTED)
 
 

@@ -56,6 +56,7 @@ def call(*arguments, stdin=None, **variables):
 # Help and usage
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_each_command_ends_with_an_example(command):
     result = invoke(command, "--help")
@@ -63,18 +64,21 @@ def test_help_of_each_command_ends_with_an_example(command):
     assert f"Example:\n    gemma-keras {command}" in result.stdout
 
 
+@pytest.mark.any_backend
 def test_without_a_command_the_help_is_shown():
     result = call()
     assert all(command in result.stdout + result.stderr for command in COMMANDS)
     assert result.returncode == 2
 
 
+@pytest.mark.any_backend
 def test_version():
     result = call("--version")
     assert result.stdout == f"gemma-keras {gemma_keras.__version__}\n"
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -102,6 +106,7 @@ def test_a_wrong_command_line_exits_with_2(arguments):
 # Errors
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("source", "told"),
     [
@@ -119,12 +124,14 @@ def test_a_source_that_is_not_there_is_one_message(command, source, told):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.any_backend
 def test_debug_shows_the_traceback():
     result = call("info", "./nowhere", "--debug")
     assert result.returncode == 1
     assert "Traceback" in result.stderr
 
 
+@pytest.mark.any_backend
 def test_an_unknown_backend_in_the_environment_is_told():
     result = call("generate", PRESET, "a", KERAS_BACKEND="theano")
     assert (result.returncode, result.stdout) == (1, "")
@@ -132,6 +139,7 @@ def test_an_unknown_backend_in_the_environment_is_told():
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.any_backend
 def test_a_prompt_that_cannot_be_read_is_told(tmp_path):
     result = subprocess.run(
         [*PROGRAM, "generate", PRESET], input=b"\xff\xfe\xfd", capture_output=True
@@ -159,6 +167,7 @@ def choice(monkeypatch, tmp_path, *, asked=None, variable=None, config=None, the
 ALL = ("jax", "torch", "tensorflow")
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("expected", "given"),
     [
@@ -178,6 +187,7 @@ def test_the_backend_is_asked_for_set_configured_or_found(
     assert choice(monkeypatch, tmp_path, **given) == expected
 
 
+@pytest.mark.any_backend
 def test_a_backend_that_is_not_installed_is_told(monkeypatch, tmp_path):
     with pytest.raises(ImportError, match=r"pip install 'gemma_keras\[torch\]'"):
         choice(monkeypatch, tmp_path, asked="torch", there=("jax",))
@@ -188,6 +198,7 @@ def test_a_backend_that_is_not_installed_is_told(monkeypatch, tmp_path):
 # What is known of models
 
 
+@pytest.mark.any_backend
 def test_presets_lists_every_name_with_its_memory():
     result = invoke("presets")
     assert result.exit_code == 0
@@ -201,6 +212,7 @@ def test_presets_lists_every_name_with_its_memory():
     assert "https://ai.google.dev/gemma/terms" in result.stderr
 
 
+@pytest.mark.any_backend
 def test_presets_as_json_says_where_each_comes_from():
     listed = {
         entry["name"]: entry for entry in json.loads(invoke("presets", "--json").stdout)
@@ -214,6 +226,7 @@ def test_presets_as_json_says_where_each_comes_from():
     assert listed[PRESET]["sources"] == []
 
 
+@pytest.mark.any_backend
 def test_info_tells_what_a_directory_holds(random_preset):
     told = json.loads(invoke("info", random_preset, "--json").stdout)
     assert told["path"] == str(random_preset)
@@ -226,6 +239,7 @@ def test_info_tells_what_a_directory_holds(random_preset):
     assert f"{told['parameters']:,}" in text
 
 
+@pytest.mark.any_backend
 def test_info_by_name_alias_and_handle_is_the_same_and_fetches_nothing():
     by_name = json.loads(invoke("info", "gemma_2b_en", "--json").stdout)
     for source in (*by_name["sources"], "google/gemma-2b"):
@@ -269,6 +283,7 @@ def test_generate_stops_before_a_stop_string(lm):
     assert result.stdout.removesuffix("\n") == whole[: whole.index(word)]
 
 
+@pytest.mark.any_backend
 def test_sampling_is_greedy_unless_something_is_asked_for():
     def sampler(**options):
         return cli.Sampling(**options).arguments()["sampler"]
@@ -281,6 +296,7 @@ def test_sampling_is_greedy_unless_something_is_asked_for():
     assert sampler(min_p=0.1, temperature=0.5).temperature == 0.5
 
 
+@pytest.mark.any_backend
 def test_the_reader_of_a_pipe_may_go_away(random_preset):
     line = f"{subprocess.list2cmdline(PROGRAM)} generate {random_preset} a"
     line = f"{line} --max-new-tokens 600 | head -c 20"
@@ -309,6 +325,7 @@ def test_chat_forgets_on_reset_and_ends_on_exit(lm):
     assert "The chat starts anew." in result.stderr
 
 
+@pytest.mark.any_backend
 def test_a_backslash_continues_a_turn(monkeypatch):
     lines = iter(["one\\", "two", "", "three\\", None])
     monkeypatch.setattr(cli, "read_line", lambda prompt: next(lines))
@@ -405,7 +422,16 @@ def shown_cursor(output):
     return output.rfind("\x1b[?25h") >= output.rfind("\x1b[?25l")
 
 
-@pytest.mark.parametrize("moment", ["loading", "loading twice", "answering", "waiting"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "answering",
+        *(
+            pytest.param(moment, marks=pytest.mark.any_backend)
+            for moment in ("loading", "loading twice", "waiting")
+        ),
+    ],
+)
 def test_ctrl_c_leaves_a_clean_terminal(random_preset, moment):
     command = ["generate", random_preset, "a", "--max-new-tokens", "6000"]
     if moment == "waiting":
@@ -442,6 +468,7 @@ def test_chat_in_a_terminal():
     assert shown_cursor(output)
 
 
+@pytest.mark.any_backend
 def test_a_terminal_and_no_prompt_is_a_wrong_command_line():
     status, output = Terminal("generate", PRESET).end()
     assert status == 2
@@ -463,6 +490,7 @@ def test_interrupt_without_a_terminal_exits_with_130(random_preset):
     assert b"Traceback" not in errors
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("moment", ["a collection", "a destructor"])
 def test_ctrl_c_is_not_lost_where_no_exception_can_be_raised(moment):
     """As in the callbacks that JAX gives to the garbage collector."""

@@ -1,5 +1,6 @@
 """The documents do what they say: their Python and their cheap commands are run."""
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -53,6 +54,9 @@ def test_the_commands_run(tmp_path):
             text=True,
             stdin=subprocess.DEVNULL,
         )
+        if "--to torch" in command and not importlib.util.find_spec("torch"):
+            assert "pip install torch" in done.stderr
+            continue
         assert done.returncode == 0, (command, done.stderr)
         assert done.stdout.strip(), command
 

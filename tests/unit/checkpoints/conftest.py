@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gemma_keras.checkpoints import hugging_face
+from gemma_keras.checkpoints import hugging_face, keras_preset
 from gemma_keras.config import GemmaConfig
 
 # For `hostile`, which two files of tests share.
@@ -183,6 +183,12 @@ def assert_same_but_for_norms(checkpoint, arrays):
         assert found.tobytes() == expected.tobytes(), path
 
 
+def write_preset(folder, config, arrays, **options):
+    """A KerasHub preset of `arrays`; its folder."""
+    dtype = options.pop("dtype", None) or next(iter(arrays.values())).dtype.name
+    return keras_preset.save(folder, config, dtype, arrays.__getitem__, **options)
+
+
 @pytest.fixture(scope="session")
 def files():
     """The functions above, for tests in this folder."""
@@ -195,6 +201,7 @@ def files():
         safetensors_bytes=safetensors_bytes,
         write_hugging_face=write_hugging_face,
         write_shards=write_shards,
+        write_preset=write_preset,
         assert_same_weights=assert_same_weights,
         assert_same_but_for_norms=assert_same_but_for_norms,
     )
