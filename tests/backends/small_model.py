@@ -15,14 +15,14 @@ from gemma_keras import (
 
 CONFIG = GemmaConfig(
     vocab_size=340,
-    num_layers=4,
+    num_layers=2,
     hidden_dim=24,
     ffn_dim=44,
     num_query_heads=6,
     num_kv_heads=2,
     head_dim=10,
     query_pre_attn_scalar=13.0,
-    layer_pattern="LLG",
+    layer_pattern="LG",
     sliding_window=6,
     use_qk_norm=True,
     use_post_norms=True,

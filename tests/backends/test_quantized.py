@@ -21,9 +21,7 @@ from gemma_keras.quantization import Packing, Quantization, unpack
 # Rows that int4 groups divide: 128 columns for the outputs of attention, 48 for those
 # of the feed-forward, 32 for the rest. Few layers: every restoring of every matrix is
 # a loop of its own to compile.
-WIDE = dataclasses.replace(
-    CONFIG, num_layers=2, layer_pattern="LG", hidden_dim=32, ffn_dim=48, head_dim=16
-)
+WIDE = dataclasses.replace(CONFIG, hidden_dim=32, ffn_dim=48, head_dim=16)
 # XLA takes long to compile what TensorFlow traces; one test lets it.
 JIT = keras.backend.backend() == "jax"
 IDS = np.arange(3, 43).reshape(2, 20)

@@ -95,7 +95,7 @@ def test_lora_starts_as_nothing_and_trains_nothing_else(new_lm):
     paths = {variable.path for variable in lm.trainable_variables}
     assert paths == {
         f"decoder_block_{i}/attention/{name}/lora_{factor}"
-        for i in range(4)
+        for i in range(lm.config.num_layers)
         for name in ("query", "value")
         for factor in "ab"
     }
