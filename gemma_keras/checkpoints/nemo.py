@@ -17,6 +17,7 @@ from gemma_keras.checkpoints.checkpoint import (
     check_shape,
     config_differences,
     dominant_dtype,
+    only_file,
     some,
 )
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
@@ -61,15 +62,10 @@ def open_checkpoint(path, config=None, dtype=None):
     `dtype` is of no consequence: nothing that this reads is quantised.
     """
     if path.is_dir() and not (path / CONFIG).is_file():
-        found = sorted(path.glob("*.nemo"))
-        if len(found) > 1:
-            raise CheckpointError(
-                f"{path}: holds {len(found)} .nemo files; name the one to load: "
-                f"{some(file.name for file in found)}."
-            )
-        if not found:
+        archive = only_file(path, ".nemo")
+        if archive is None:
             raise CheckpointError(_refusal(path))
-        path = found[0]
+        path = archive
     return NemoCheckpoint(path, config)
 
 

@@ -1,7 +1,6 @@
 """A model in memory, exported: every bit of it, and what others compute from it."""
 
 import dataclasses
-import functools
 import importlib.util
 import json
 
@@ -9,10 +8,10 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from random_twin import build
 
-from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig
+from gemma_keras import GemmaCausalLM, GemmaConfig
 from gemma_keras.checkpoints import WRITERS, open_checkpoint
-from gemma_keras.projection import adapted_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*KerasHub:UserWarning")
 
@@ -97,25 +96,6 @@ def is_norm_of_nemo(path, form):
 def export(lm, folder, form, **options):
     format, suffix = FORMS[form]
     return lm.export(folder / f"m{suffix}", format=format, **options)
-
-
-@functools.cache
-def build(config, dtype="float32", lora=False):
-    """A random model, its norms too, with or without updates of every projection."""
-
-    def init(path):
-        deviations = {"scale": 0.4, "kernel": 0.12, "embeddings": 0.12}
-        return keras.initializers.RandomNormal(stddev=deviations[path.split("/")[-1]])
-
-    lm = GemmaCausalLM(GemmaBackbone(config, init=init, dtype=dtype))
-    if lora:
-        layers = adapted_layers(lm.backbone).values()
-        names = sorted({layer.name for layer in layers} - {"token_embedding"})
-        lm.backbone.enable_lora(3, target_layer_names=names, alpha=5)
-        random = np.random.default_rng(5)
-        for variable in lm.trainable_variables:
-            variable.assign(0.2 * random.normal(size=variable.shape))
-    return lm
 
 
 def held(lm):

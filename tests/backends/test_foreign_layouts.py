@@ -8,14 +8,13 @@ import dataclasses
 import functools
 import tarfile
 
-import keras
 import numpy as np
 import pytest
 import yaml
 from keras import ops
+from random_twin import build
 
-from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig
-from gemma_keras.projection import adapted_layers
+from gemma_keras import GemmaCausalLM, GemmaConfig
 
 torch = pytest.importorskip("torch")
 
@@ -61,28 +60,10 @@ def config_of(family, heads):
 
 
 @functools.cache
-def build(family, heads, lora=False):
-    """A random model, its norms too, with or without low-rank updates everywhere."""
-
-    def init(path):
-        deviations = {"scale": 0.4, "kernel": 0.12, "embeddings": 0.12}
-        return keras.initializers.RandomNormal(stddev=deviations[path.split("/")[-1]])
-
-    keras.utils.set_random_seed(11)
-    lm = GemmaCausalLM(GemmaBackbone(config_of(family, heads), init=init))
-    if lora:
-        layers = adapted_layers(lm.backbone).values()
-        names = sorted({layer.name for layer in layers} - {"token_embedding"})
-        lm.backbone.enable_lora(3, target_layer_names=names, alpha=5)
-        random = np.random.default_rng(5)
-        for variable in lm.trainable_variables:
-            variable.assign(0.2 * random.normal(size=variable.shape))
-    return lm
-
-
-@functools.cache
 def logits_of(family, heads, lora=False):
-    return ops.convert_to_numpy(build(family, heads, lora)({"token_ids": IDS}))
+    return ops.convert_to_numpy(
+        build(config_of(family, heads), lora=lora)({"token_ids": IDS})
+    )
 
 
 # The decoder, in float64. `weights` has what the two layouts have of a layer.
@@ -204,7 +185,7 @@ def of_gemma_pytorch(config, state):
 
 @pytest.mark.parametrize(("family", "heads", "lora"), CASES)
 def test_gemma_pytorch_would_give_our_logits(tmp_path, family, heads, lora):
-    lm = build(family, heads, lora)
+    lm = build(config_of(family, heads), lora=lora)
     path = lm.export(tmp_path / "m.ckpt", format="torch")
     state = torch.load(path, weights_only=True, mmap=True)["model_state_dict"]
     expected = of_gemma_pytorch(lm.config, state)
@@ -215,7 +196,7 @@ def test_gemma_pytorch_would_give_our_logits(tmp_path, family, heads, lora):
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_gemma_pytorch_would_give_the_logits_of_int8(tmp_path, family):
-    lm = build(family, HEADS[0])
+    lm = build(config_of(family, HEADS[0]))
     path = lm.export(tmp_path / "m.ckpt", format="torch", dtype="int8")
     state = torch.load(path, weights_only=True, mmap=True)["model_state_dict"]
     expected = of_gemma_pytorch(lm.config, state)
@@ -291,7 +272,7 @@ def of_megatron(raw, state, rotary):
     ("family", "heads", "lora"), [case for case in CASES if case[0] != "gemma3"]
 )
 def test_nemo_would_give_our_logits(tmp_path, family, heads, lora):
-    lm = build(family, heads, lora)
+    lm = build(config_of(family, heads), lora=lora)
     path = lm.export(tmp_path / "m.nemo", format="nemo")
     with tarfile.open(path) as tar:
         tar.extractall(tmp_path, filter="data")
