@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import importlib
 import json
-import os
 import pathlib
 import signal
 import sys

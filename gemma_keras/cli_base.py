@@ -178,7 +178,6 @@ def start_keras_on(backend):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
-
 interrupted = threading.Event()
 lost = threading.Event()
 

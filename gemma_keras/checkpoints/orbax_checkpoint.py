@@ -10,7 +10,7 @@ import json
 import math
 
 from gemma_keras import registry
-from gemma_keras.checkpoints import orbax_directory
+from gemma_keras.checkpoints import orbax_directory, orbax_place
 from gemma_keras.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -203,7 +203,7 @@ class OrbaxCheckpoint(Checkpoint):
 
     def _match(self):
         """Where each weight is; accounts for every array."""
-        places = self._layout.places(self.config)
+        places = orbax_place.places(self._layout, self.config)
         vocabulary = self.config.vocab_size
         rows = {vocabulary, max(vocabulary, stored_rows(vocabulary))}
         for path, place in places.items():

@@ -17,6 +17,7 @@ def build(config, dtype="float32", lora=False):
         deviations = {"scale": 0.4, "kernel": 0.12, "embeddings": 0.12}
         return keras.initializers.RandomNormal(stddev=deviations[path.split("/")[-1]])
 
+    keras.utils.set_random_seed(11)
     lm = GemmaCausalLM(GemmaBackbone(config, init=init, dtype=dtype))
     if lora:
         layers = adapted_layers(lm.backbone).values()

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import tarfile
 
+import keras
 import numpy as np
 import pytest
 import yaml
@@ -333,7 +334,7 @@ def of_flax(config, tree):
 @pytest.mark.reference
 @pytest.mark.parametrize("heads", HEADS)
 def test_flax_would_give_our_logits(tmp_path, heads):
-    lm = build("gemma", heads)
+    lm = build(config_of("gemma", heads))
     path = lm.export(tmp_path / "m", format="flax")
     expected = of_flax(lm.config, restored(path / "checkpoint"))
     found = logits_of("gemma", heads)
@@ -395,7 +396,7 @@ FAMILIES["gemma2 in pairs"] = FAMILIES["gemma2"] | {"num_layers": 4}
 @pytest.mark.parametrize("layout", ["scanned", "unscanned"])
 @pytest.mark.parametrize("family", ["gemma", "gemma2 in pairs"])
 def test_maxtext_would_give_our_logits(tmp_path, family, layout):
-    lm = build(family, HEADS[0])
+    lm = build(config_of(family, HEADS[0]))
     path = lm.export(tmp_path / "m", format="maxtext", layout=layout)
     expected = of_maxtext(lm.config, restored(path / "0" / "items"))
     found = logits_of(family, HEADS[0])

@@ -406,7 +406,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for format in sys.argv[2:]:
     exporting.export(contents, folder / format, format)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    # The embedding alone is 345,600 bytes; all weights, in one file or in several, a MB.
+    # The embedding alone is 345,600 bytes; all weights, in some files or one, a MB.
     for limit in (100, 300_000, 700_000)[: 2 if format == "flax" else 3]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         for place, options in ((format, {"overwrite": True}), ("new", {})):

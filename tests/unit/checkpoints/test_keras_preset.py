@@ -174,7 +174,8 @@ def test_an_error_leaves_what_was_there(tmp_path, files):
 def test_a_full_disk_is_told_before_writing(tmp_path, files, monkeypatch):
     config = files.configs["gemma"]
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(CheckpointError, match=r"needs 0\.1 MB, but the disk has 0\.0 MB left"):
+    expected = r"needs 0\.1 MB, but the disk has 0\.0 MB left"
+    with pytest.raises(CheckpointError, match=expected):
         save(tmp_path / "p", config, files.weights(config))
     assert os.listdir(tmp_path) == []
 
