@@ -76,8 +76,12 @@ class Checkpoint(abc.ABC):
         """The stored settings of the preprocessor, or an empty dict."""
         return {}
 
+    def homes(self):
+        """Folders in which papers of the weights may lie, the nearest first."""
+        return [self.path if self.path.is_dir() else self.path.parent]
+
     def told(self):
-        """The bytes of the provenance.json that an export put inside of the file.
+        """The bytes of the provenance.json that an export put inside of a file.
 
         None where the format has no place for it, or nothing is there.
         """

@@ -133,6 +133,7 @@ class GemmaPytorchCheckpoint(Checkpoint):
         self.directory = path if path.is_dir() else path.parent
         self._decoded = decoded_dtype(dtype)
         self._files, self._facts, self._proto = [], None, None
+        self._told = None
         try:
             self._owners = self._open_files()
             self._embedding = self._find_embedding()
@@ -162,8 +163,8 @@ class GemmaPytorchCheckpoint(Checkpoint):
         self._files.append(opened)
         if OURS in opened.extras:
             text = opened.extras[OURS]
-            text = text.encode() if isinstance(text, str) else b""
-            self._facts = parse_json(text, f"{path} ({OURS})")
+            self._told = text.encode() if isinstance(text, str) else b""
+            self._facts = parse_json(self._told, f"{path} ({OURS})")
         proto = opened.extras.get(OUR_TOKENIZER)
         if isinstance(proto, np.ndarray) and proto.dtype == np.uint8:
             self._proto = proto
@@ -316,6 +317,10 @@ class GemmaPytorchCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{self._where()} ({OUR_TOKENIZER}): {error}"
             ) from error
+
+    def told(self):
+        """What an export told of itself, in the file."""
+        return self._told
 
     def close(self):
         """Closes the files; arrays keep their own mappings."""

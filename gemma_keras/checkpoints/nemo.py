@@ -11,6 +11,7 @@ import numpy as np
 
 from gemma_keras.checkpoints import megatron_layout, nemo_config
 from gemma_keras.checkpoints.checkpoint import (
+    MAX_JSON_BYTES,
     Checkpoint,
     CheckpointError,
     build_config,
@@ -22,6 +23,7 @@ from gemma_keras.checkpoints.checkpoint import (
 )
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
 from gemma_keras.checkpoints.nemo_archive import NemoArchive
+from gemma_keras.checkpoints.provenance import PROVENANCE
 from gemma_keras.checkpoints.torch_file import TorchFile
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
@@ -292,6 +294,12 @@ class NemoCheckpoint(Checkpoint):
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{self.path} ({name}): {error}") from error
+
+    def told(self):
+        """What an export told of itself, in the archive."""
+        _, _, size = self._archive.members.get(PROVENANCE, (None, 0, 0))
+        known = 0 < size <= MAX_JSON_BYTES
+        return self._archive.read(PROVENANCE, size) if known else None
 
     def close(self):
         """Closes the file; arrays keep their own mappings."""

@@ -145,7 +145,7 @@ class OrbaxCheckpoint(Checkpoint):
         return result
 
     def _read_config(self):
-        for folder in self._homes():
+        for folder in self.homes():
             where = folder / CONFIG
             if where.is_file():
                 raw = read_json(where)
@@ -155,7 +155,7 @@ class OrbaxCheckpoint(Checkpoint):
                 return build_config(where, **raw)
         return None
 
-    def _homes(self):
+    def homes(self):
         """Folders in which files beside the weights may lie, from the inside out."""
         inside, outside = self._where.absolute(), self.path.absolute()
         folders = [inside, inside.parent]
@@ -271,7 +271,7 @@ class OrbaxCheckpoint(Checkpoint):
             files = [
                 folder / name
                 for name in ("tokenizer.model", "tokenizer.json")
-                for folder in self._homes()
+                for folder in self.homes()
             ]
             self._tokenizer = load_tokenizer(*files)
         return self._tokenizer

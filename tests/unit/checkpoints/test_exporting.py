@@ -169,7 +169,8 @@ def test_provenance_tells_the_source_and_no_path(tmp_path, files):
         contents = exporting.checkpoint_contents(checkpoint, tmp_path / "one")
         exporting.export(contents, tmp_path / "two", "hf")
     again = json.loads((tmp_path / "two" / "provenance.json").read_text())
-    assert again["earlier"] == facts
+    del facts["files"]
+    assert again["earlier"] == [facts]
     for name in ("one", "two"):
         for file, content in everything_in(tmp_path / name).items():
             assert b"secret" not in content, file
@@ -217,7 +218,7 @@ def test_embedded_presets_keep_their_licence():
     "text",
     [
         *("[]", "{", '{"tool": 1}', '{"tool": "other 1", "licence": "mit"}'),
-        '{"tool": "gemma_keras 1", "x": "' + "x" * 70000 + '"}',
+        '{"tool": "gemma_keras 1", "licence": ["mit"], "earlier": {"a": 1}}',
         '{"tool": "gemma_keras 1", "licence": "a: b"}',
     ],
 )
@@ -228,7 +229,107 @@ def test_a_provenance_of_others_is_not_believed(tmp_path, files, text):
     with open_checkpoint(tmp_path / "hf") as checkpoint:
         found = Provenance.of(checkpoint, tmp_path / "hf")
     assert found.licence == "gemma"
-    assert found.earlier is None or len(text) < 100
+    assert len(found.earlier) <= 1
+
+
+def carry(source, destination, format, **options):
+    """As `gemma-keras convert` does it; gives what the source told of itself."""
+    with open_checkpoint(source) as checkpoint:
+        contents = exporting.checkpoint_contents(checkpoint, source)
+        exporting.export(contents, destination, format, **options)
+    return contents.provenance
+
+
+# A directory of each format, and a file of those that can be one.
+PLACES = [(name, "m") for name in WRITERS]
+PLACES += [("gguf", "m.gguf"), ("torch", "m.ckpt"), ("nemo", "m.nemo")]
+
+
+@pytest.mark.parametrize(("format", "name"), PLACES)
+@pytest.mark.parametrize("licence", ["gemma", "apache-2.0"])
+def test_what_an_export_tells_is_read_again(tmp_path, files, format, name, licence):
+    config = files.configs["gemma"]
+    contents = contents_of(config, files.weights(config))
+    path = exporting.export(contents, tmp_path / name, format, licence=licence)
+    (inside,) = {"flax": ["checkpoint"], "maxtext": ["0/items"]}.get(format, ["."])
+    if path.is_file():
+        # The notice is in the file.
+        assert [p.name for p in tmp_path.iterdir()] == [name]
+        notice = NOTICE_TEXT.strip().encode() in path.read_bytes()
+        assert notice == (licence == "gemma")
+    found = carry(path / inside, tmp_path / "two", "hf")
+    assert found.licence == licence
+    (step,) = found.earlier
+    assert step["licence"] == licence
+    assert step["modified"][0].startswith("The weights were written as ")
+    assert (tmp_path / "two" / "Notice").exists() == (licence == "gemma")
+    facts = json.loads((tmp_path / "two" / "provenance.json").read_text())
+    assert facts["earlier"] == [step]
+
+
+@pytest.mark.parametrize(("format", "name"), PLACES)
+def test_a_long_history_goes_along(tmp_path, files, format, name):
+    config = files.configs["gemma"]
+    source = files.write_hugging_face(tmp_path / "hf", config, files.weights(config))
+    steps = [
+        {"tool": "gemma_keras 0.1", "modified": [f"Step {number}.", "x" * 300]}
+        for number in range(500)
+    ]
+    last = {"tool": "gemma_keras 0.1", "licence": "mit", "files": ["y" * 90] * 10_000}
+    told = json.dumps(last | {"earlier": steps})
+    assert len(told) > 1_000_000
+    (source / "provenance.json").write_text(told)
+    found = carry(source, tmp_path / name, format)
+    kept = found.earlier[1:]
+    assert found.licence == "mit"
+    assert found.earlier[0] == {"tool": "gemma_keras 0.1", "licence": "mit"}
+    assert list(kept) == steps
+    # And on, until it is too long.
+    found = carry(tmp_path / name, tmp_path / "two", "hf")
+    assert (found.licence, found.earlier[2:]) == ("mit", kept)
+    steps += [{"modified": ["z" * 200_000]}]
+    (source / "provenance.json").write_text(json.dumps(last | {"earlier": steps}))
+    carry(source, tmp_path / name, format, overwrite=True)
+    found = carry(tmp_path / name, tmp_path / "two", "hf", overwrite=True)
+    assert found.licence == "mit"
+    assert list(found.earlier[2:-1]) == steps[:-1]
+    assert found.earlier[-1]["modified"][0].startswith("What was done before that is")
+
+
+def test_a_provenance_of_absurd_size_is_not_read(tmp_path, files):
+    config = files.configs["gemma"]
+    files.write_hugging_face(tmp_path / "hf", config, files.weights(config))
+    told = {"tool": "gemma_keras 1", "licence": "mit", "x": "x" * 2**24}
+    (tmp_path / "hf" / "provenance.json").write_text(json.dumps(told))
+    with open_checkpoint(tmp_path / "hf") as checkpoint:
+        found = Provenance.of(checkpoint, tmp_path / "hf")
+    assert (found.licence, found.earlier) == ("gemma", ())
+
+
+def test_many_source_files_are_told_by_one_digest(tmp_path, files):
+    config = files.configs["gemma3"]
+    contents = contents_of(config, files.weights(config))
+    source = exporting.export(contents, tmp_path / "hf", "hf", max_shard_size=1)
+    carry(source, tmp_path / "m", "hf")
+    # What `sha256sum *.safetensors` prints, hashed again.
+    shards = sorted(source.glob("*.safetensors"))
+    lines = [
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n"
+        for file in shards
+    ]
+    facts = json.loads((tmp_path / "m" / "provenance.json").read_text())
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert len(shards) > 64
+    assert facts["source"]["files"] == [
+        {
+            "name": "hf",
+            "count": len(shards),
+            "bytes": sum(file.stat().st_size for file in shards),
+            "sha256": digest,
+        }
+    ]
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert f"- `hf` ({len(shards)} files, of what `sha256sum` prints): {digest}" in card
 
 
 # Refusals
