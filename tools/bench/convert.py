@@ -2,14 +2,15 @@
 
     python tools/bench/make_checkpoint.py gemma_2b_en /tmp/gemma_2b    # 5.0 GB
     python tools/bench/convert.py /tmp/gemma_2b /tmp/converted         # 15 GB more
-    python tools/bench/convert.py /tmp/gemma_7b /tmp/converted --ways hf keras gguf:q8_0
+    python tools/bench/convert.py /tmp/gemma_7b /tmp/converted --ways keras --one-way
 
 The checkpoint goes to each format and from there back to Hugging Face, each with
-`gemma-keras convert` in a process of its own. What comes back is compared with the
-first, tensor by tensor and bit for bit, unless it went through blocks of few bits. What
-is not needed any more is removed at once. Times are until the disk has all, as is that
-of copying the files. Peak memory is the process's own, without the mapped files that
-the system may drop at any time, sampled every 20 ms.
+`gemma-keras convert` in a process of its own. What comes back, or with `--one-way` what
+was written, is compared with the first, tensor by tensor and bit for bit, unless it
+went through blocks of few bits. What is not needed any more is removed at once. Times
+are until the disk has all, as is that of copying the files. Peak memory is the
+process's own, without the mapped files that the system may drop at any time, sampled
+every 20 ms.
 """
 
 import argparse
@@ -86,19 +87,23 @@ def remove(path):
     path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
-def there_and_back(checkpoint, scratch, way):
-    """Converts both ways, and prints a line for each."""
+def there_and_back(checkpoint, scratch, way, one_way):
+    """Converts both ways, or one, and prints a line for each."""
     to, _, dtype = way.partition(":")
     there, back = scratch / f"there{SUFFIXES.get(to, '')}", scratch / "back"
     measured = convert(checkpoint, there, to, dtype)
-    row(f"hf to {way}", size(there), *measured)
-    measured = convert(there, back, "hf", "bfloat16")
+    words = f"to {way}"
+    if one_way and dtype not in ROUNDED:
+        words += f", {compared(checkpoint, there)}"
+    row(words, size(there), *measured)
+    if not one_way:
+        measured = convert(there, back, "hf", "bfloat16")
+        words = f"{way} back to hf"
+        if dtype not in ROUNDED:
+            words += f", {compared(checkpoint, back)}"
+        row(words, size(back), *measured)
+        remove(back)
     remove(there)
-    words = f"{way} to hf"
-    if dtype not in ROUNDED:
-        words += f", {compared(checkpoint, back)}"
-    row(words, size(back), *measured)
-    remove(back)
 
 
 def compared(first, second):
@@ -109,7 +114,8 @@ def compared(first, second):
             return "another config"
         for path in a.config.weight_shapes():
             array = a.tensor(path)
-            other = array.view("uint16") != b.tensor(path).view("uint16")
+            found = b.tensor(path).astype(array.dtype, copy=False)
+            other = array.view("uint16") != found.view("uint16")
             if other.any():
                 count += int(other.sum())
                 largest = max(largest, float(np.abs(array[other]).max()))
@@ -124,6 +130,7 @@ def main():
     parser.add_argument(
         "--ways", nargs="+", default=WAYS, help="format or format:dtype"
     )
+    parser.add_argument("--one-way", action="store_true", help="takes less room")
     options = parser.parse_args()
     options.scratch.mkdir(parents=True)
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
@@ -138,7 +145,7 @@ def main():
         )
         remove(place)
         for way in options.ways:
-            there_and_back(options.checkpoint, options.scratch, way)
+            there_and_back(options.checkpoint, options.scratch, way, options.one_way)
     finally:
         shutil.rmtree(options.scratch)
     print(f"load {os.getloadavg()[0]:.1f} at the end")
