@@ -124,5 +124,6 @@ def convert(
         say(sentence)
     if steps:
         say(f"\n{steps}\n")
-    say("What was done to the weights, and what they are under, is told beside them.")
+    place = "beside them" if written.is_dir() else "in the file"
+    say(f"What was done to the weights, and what they are under, is told {place}.")
     print(written)

@@ -66,12 +66,6 @@ class PackedMatrix:
             )
         layer._tracker.lock()
 
-    def __getattr__(self, name):
-        try:
-            return self.__dict__["variables"][name]
-        except KeyError:
-            raise AttributeError(name) from None
-
     def _parts(self):
         """The tensors, codes first."""
         return tuple(ops.convert_to_tensor(v) for v in self.variables.values())

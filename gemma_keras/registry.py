@@ -31,6 +31,12 @@ _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors|model_\d+\.weights\.h5")
 
 # Of a low-rank adapter, as PEFT calls them.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What an export says of itself; the licence is in there.
+_PAPERS = ("provenance.json",)
+# What lies in an Orbax directory (Flax, MaxText), or beside the arrays of an old one;
+# and in or around it what belongs to the model.
+_ORBAX, _OLD_ORBAX = ("_METADATA", "manifest.ocdbt"), "checkpoint"
+_BESIDE_ORBAX = ("gemma_config.json", "tokenizer.model", "tokenizer.json", *_PAPERS)
 
 
 class SourceError(ValueError):
@@ -408,18 +414,20 @@ def needed_files(names: list[str]) -> list[str]:
             return ggufs
         others = [name for name in names if name.endswith((".ckpt", ".nemo"))]
         if not ggufs and len(others) == 1:
-            beside = ("config.json", "tokenizer.model")
+            beside = ("config.json", "tokenizer.model", *_PAPERS)
             return [name for name in beside if name in available] + others
+        if not ggufs and (orbax := _orbax_directories(names)):
+            return _in_orbax_directory(orbax, names)
         raise SourceError(
             "has several GGUF files; add the one to load to the handle: "
             f"{', '.join(ggufs)}."
             if ggufs
-            else "has neither safetensors nor Keras weights nor one GGUF, .ckpt or "
-            ".nemo file."
+            else "has neither safetensors nor Keras weights, nor one GGUF, .ckpt or "
+            ".nemo file, nor an Orbax directory (Flax, MaxText)."
         )
     if "config.json" not in available:
         raise SourceError("has weights but no config.json.")
-    wanted = ["config.json", "metadata.json", "preprocessor.json"]
+    wanted = ["config.json", "metadata.json", "preprocessor.json", *_PAPERS]
     # tokenizer.json is a large file in a Hugging Face repository, and not needed
     # beside tokenizer.model.
     if "tokenizer.model" in available:
@@ -427,6 +435,41 @@ def needed_files(names: list[str]) -> list[str]:
     else:
         wanted += ["tokenizer.json", "assets/tokenizer/vocabulary.spm"]
     return [name for name in wanted if name in available] + weights
+
+
+def _orbax_directories(names):
+    """The outermost of the Orbax directories among files, each ending in a slash."""
+    marks = [name.rpartition("/") for name in names]
+    roots = {folder + slash for folder, slash, file in marks if file in _ORBAX}
+    arrays = [name for name in names if name.endswith("/.zarray")]
+    for folder, slash, file in marks:
+        inside = [name for name in arrays if name.startswith(folder + slash)]
+        if file == _OLD_ORBAX and inside:
+            roots.add(folder + slash)
+    return sorted(
+        root
+        for root in roots
+        if not any(root != other and root.startswith(other) for other in roots)
+    )
+
+
+def _in_orbax_directory(roots, names):
+    """The files of the only one, and what is beside it and the folders around it."""
+    if len(roots) > 1:
+        raise SourceError(
+            f"has several Orbax directories ({', '.join(roots)}). Download the one to "
+            "load with its tokenizer, and name its directory."
+        )
+    (root,) = roots
+    return [
+        name
+        for name in names
+        if name.startswith(root)
+        or (
+            name.rpartition("/")[2] in _BESIDE_ORBAX
+            and root.startswith(name[: name.rfind("/") + 1])
+        )
+    ]
 
 
 def library(name):

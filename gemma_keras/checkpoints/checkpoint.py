@@ -76,8 +76,12 @@ class Checkpoint(abc.ABC):
         """The stored settings of the preprocessor, or an empty dict."""
         return {}
 
+    def homes(self):
+        """Folders in which papers of the weights may lie, the nearest first."""
+        return [self.path if self.path.is_dir() else self.path.parent]
+
     def told(self):
-        """The bytes of the provenance.json that an export put inside of the file.
+        """The bytes of the provenance.json that an export put inside of a file.
 
         None where the format has no place for it, or nothing is there.
         """
@@ -138,6 +142,69 @@ def file_inside(directory, name, where):
     if not path.is_file():
         raise CheckpointError(f"{where}: names the file {name!r}, which is missing.")
     return path
+
+
+def read_weight_map(index):
+    """The parsed index of a checkpoint in several files, and the names of these.
+
+    Args:
+        index: The JSON file, whose `weight_map` names a file, or a list of files, for
+            each tensor.
+
+    Returns:
+        The whole dict, and the files' names in order.
+    """
+    raw = read_json(index)
+    weight_map = raw.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map.")
+    listed = [
+        name
+        for names in weight_map.values()
+        for name in (names if isinstance(names, list) else [names])
+    ]
+    if not all(isinstance(name, str) for name in listed):
+        raise CheckpointError(f"{index}: its weight_map must name files.")
+    return raw, sorted(set(listed))
+
+
+def open_shards(index, names, add):
+    """Opens the files of an index, and refuses a tensor that is in two of them.
+
+    Args:
+        index: The JSON file; the others lie beside it.
+        names: The files' names.
+        add: A function that opens a path, and gives tensor name to open file.
+
+    Returns:
+        Tensor name to the open file that holds it.
+    """
+    owners = {}
+    for name in names:
+        added = add(file_inside(index.parent, name, index))
+        twice = owners.keys() & added.keys()
+        if twice:
+            raise CheckpointError(
+                f"{added[min(twice)].path}: {min(twice)} is also in "
+                f"{owners[min(twice)].path.name}."
+            )
+        owners |= added
+    return owners
+
+
+def only_file(directory, suffix):
+    """The only file in `directory` that ends so, or None.
+
+    Raises:
+        CheckpointError: there are several, and the user has to say which.
+    """
+    found = sorted(directory.glob(f"*{suffix}"))
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{directory}: holds {len(found)} {suffix} files; name the one to load: "
+            f"{some(file.name for file in found)}."
+        )
+    return found[0] if found else None
 
 
 def load_tokenizer(*paths):

@@ -129,19 +129,8 @@ class FlaxLayout:
             for kind in range(min(pattern, 1024))
         )
 
-    def places(self, config):
-        """Path of each weight of `config.weight_shapes()` to its `Place`."""
-        places = {}
-        for path, shape in config.weight_shapes().items():
-            if path == "token_embedding/embeddings":
-                places[path] = Place(name=self.embedding, shape=shape)
-            elif path == "final_normalization/scale":
-                places[path] = Place(name=self.final_norm, shape=shape)
-            else:
-                places[path] = self._in_block(path, shape, config)
-        return places
-
-    def _in_block(self, path, shape, config):
+    def in_block(self, path, shape, config):
+        """The `Place` of a weight of a block, whose own shape is `shape`."""
         block, role = path.split("/", 1)
         layer = int(block.removeprefix("decoder_block_"))
         name, part = _array(role, config.num_query_heads == config.num_kv_heads)

@@ -3,7 +3,12 @@
 The Orbax directory is `checkpoint`; the tokenizer and the papers lie around it.
 """
 
-from gemma_keras.checkpoints import flax_layout, orbax_checkpoint, orbax_writer
+from gemma_keras.checkpoints import (
+    flax_layout,
+    orbax_checkpoint,
+    orbax_place,
+    orbax_writer,
+)
 from gemma_keras.checkpoints.flax_layout import FlaxLayout
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
 from gemma_keras.checkpoints.orbax_directory import tensorstore
@@ -40,7 +45,7 @@ def write(folder, contents, settings):
     """Writes the files to the empty directory `folder`; see `exporting`."""
     config, nested = contents.config, settings.layout == "nested"
     layout = FlaxLayout.of(config)
-    places = orbax_checkpoint.with_rows(layout.places(config), config)
+    places = orbax_checkpoint.with_rows(orbax_place.places(layout, config), config)
     target = folder / FOLDER
     writer = orbax_writer.OrbaxWriter(
         target,

@@ -25,11 +25,12 @@ def divided(array, factor):
     """What `multiplied` made `array` of, as float32.
 
     Args:
-        array: Numbers of any float dtype.
+        array: Numbers of any float dtype; those in float32 are overwritten.
         factor: The factor. What was stored with less than float32 has lost its last
             bits then, and gets the quotient.
     """
-    result = np.empty(array.shape, np.float32)
+    whole = array.dtype == np.float32
+    result = array if whole else np.empty(array.shape, np.float32)
     rows = max(1, _CHUNK // max(1, array.size // max(1, len(array))))
     for start in range(0, len(array), rows):
         block = slice(start, start + rows)

@@ -18,15 +18,17 @@ from gemma_keras.checkpoints.checkpoint import (
     build_config,
     check_shape,
     dominant_dtype,
-    file_inside,
     load_tokenizer,
+    only_file,
+    open_shards,
     parse_json,
     read_json,
+    read_weight_map,
     some,
 )
 from gemma_keras.checkpoints.hugging_face import stored_shape, weight_name
 from gemma_keras.checkpoints.hugging_face_config import read_config
-from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
+from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES, decoded_dtype
 from gemma_keras.checkpoints.torch_file import TorchFile
 
 INDEX = "pytorch_model.bin.index.json"
@@ -121,21 +123,17 @@ class GemmaPytorchCheckpoint(Checkpoint):
     """A `.ckpt` file, or a directory of files with an index.
 
     Tensors stored as floats come back as they are stored, those in int8 multiplied by
-    their factors, in `decoded_dtype`.
+    their factors, in `dtype`.
     """
 
     format = "gemma_pytorch"
 
-    def __init__(self, path, config=None, decoded_dtype=None):
-        if decoded_dtype not in (None, *FLOAT_DTYPES):
-            raise ValueError(
-                f"dtype must be one of {', '.join(FLOAT_DTYPES)}, got "
-                f"{decoded_dtype!r}."
-            )
+    def __init__(self, path, config=None, dtype=None):
         self.path = path
         self.directory = path if path.is_dir() else path.parent
-        self._decoded = decoded_dtype or "float32"
+        self._decoded = decoded_dtype(dtype)
         self._files, self._facts, self._proto = [], None, None
+        self._told = None
         try:
             self._owners = self._open_files()
             self._embedding = self._find_embedding()
@@ -158,47 +156,26 @@ class GemmaPytorchCheckpoint(Checkpoint):
         index = self.path / INDEX
         if index.is_file():
             return self._open_shards(index)
-        found = sorted(self.path.glob("*.ckpt"))
-        if len(found) > 1:
-            raise CheckpointError(
-                f"{self.path}: holds {len(found)} .ckpt files; name the one to load: "
-                f"{some(file.name for file in found)}."
-            )
-        return self._add(found[0])
+        return self._add(only_file(self.path, ".ckpt"))
 
     def _add(self, path):
         opened = TorchFile(path)
         self._files.append(opened)
         if OURS in opened.extras:
             text = opened.extras[OURS]
-            text = text.encode() if isinstance(text, str) else b""
-            self._facts = parse_json(text, f"{path} ({OURS})")
+            self._told = text.encode() if isinstance(text, str) else b""
+            self._facts = parse_json(self._told, f"{path} ({OURS})")
         proto = opened.extras.get(OUR_TOKENIZER)
         if isinstance(proto, np.ndarray) and proto.dtype == np.uint8:
             self._proto = proto
         return dict.fromkeys(opened.shapes, opened)
 
     def _open_shards(self, index):
-        raw = read_json(index)
-        weight_map = raw.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: has no weight_map.")
-        if not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{index}: its weight_map must name files.")
+        raw, names = read_weight_map(index)
         metadata = raw.get("metadata")
         facts = metadata.get(OURS) if isinstance(metadata, dict) else None
         self._facts = facts if isinstance(facts, dict) else None
-        owners = {}
-        for shard in sorted(set(weight_map.values())):
-            added = self._add(file_inside(self.path, shard, index))
-            twice = owners.keys() & added.keys()
-            if twice:
-                raise CheckpointError(
-                    f"{added[min(twice)].name}: {min(twice)} is also in "
-                    f"{owners[min(twice)].path.name}."
-                )
-            owners |= added
-        return owners
+        return open_shards(index, names, self._add)
 
     def _where(self):
         return self._files[0].name if len(self._files) == 1 else self.directory
@@ -340,6 +317,10 @@ class GemmaPytorchCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{self._where()} ({OUR_TOKENIZER}): {error}"
             ) from error
+
+    def told(self):
+        """What an export told of itself, in the file."""
+        return self._told
 
     def close(self):
         """Closes the files; arrays keep their own mappings."""

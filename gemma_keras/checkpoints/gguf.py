@@ -14,11 +14,12 @@ from gemma_keras.checkpoints.checkpoint import (
     CheckpointError,
     check_shape,
     dominant_dtype,
+    only_file,
     some,
 )
 from gemma_keras.checkpoints.gguf_config import Fields, read_config
 from gemma_keras.checkpoints.gguf_file import GGUFFile
-from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
+from gemma_keras.checkpoints.mapped_file import decoded_dtype
 
 _BLOCK_NAMES = {
     "pre_attention_norm/scale": "attn_norm",
@@ -49,13 +50,7 @@ def recognises(path):
 def open_checkpoint(path, config=None, dtype=None):
     """Opens a GGUF file, or the only one in a directory."""
     if path.is_dir():
-        found = sorted(path.glob("*.gguf"))
-        if len(found) > 1:
-            raise CheckpointError(
-                f"{path}: holds {len(found)} GGUF files; name the one to load: "
-                f"{some(file.name for file in found)}."
-            )
-        path = found[0]
+        path = only_file(path, ".gguf")
     return GGUFCheckpoint(path, config, dtype)
 
 
@@ -74,19 +69,14 @@ class GGUFCheckpoint(Checkpoint):
     """A GGUF file.
 
     Tensors stored as floats come back as they are stored, quantised ones decoded to
-    `decoded_dtype`; norms in float32, because the one is taken off.
+    `dtype`; norms in float32, because the one is taken off.
     """
 
     format = "GGUF"
 
-    def __init__(self, path, config=None, decoded_dtype=None):
-        if decoded_dtype not in (None, *FLOAT_DTYPES):
-            raise ValueError(
-                f"dtype must be one of {', '.join(FLOAT_DTYPES)}, got "
-                f"{decoded_dtype!r}."
-            )
+    def __init__(self, path, config=None, dtype=None):
         self.path = path
-        self._decoded = decoded_dtype or "float32"
+        self._decoded = decoded_dtype(dtype)
         self._file = GGUFFile(path)
         try:
             self._fields = Fields(self._file.fields, path)

@@ -10,9 +10,9 @@ from gemma_keras.checkpoints.checkpoint import (
     CheckpointError,
     check_shape,
     dominant_dtype,
-    file_inside,
     load_tokenizer,
-    read_json,
+    open_shards,
+    read_weight_map,
     some,
 )
 from gemma_keras.checkpoints.hugging_face_config import read_config
@@ -138,22 +138,9 @@ class HuggingFaceCheckpoint(Checkpoint):
         return dict.fromkeys(opened.shapes, opened)
 
     def _open_shards(self, index):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: has no weight_map.")
-        if not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{index}: its weight_map must name files.")
-        owners = {}
-        for shard in sorted(set(weight_map.values())):
-            added = self._add(file_inside(self.directory, shard, index))
-            twice = owners.keys() & added.keys()
-            if twice:
-                raise CheckpointError(
-                    f"{added[min(twice)].path}: {min(twice)} is also in "
-                    f"{owners[min(twice)].path.name}."
-                )
-            owners |= added
-        for name, shard in weight_map.items():
+        raw, names = read_weight_map(index)
+        owners = open_shards(index, names, self._add)
+        for name, shard in raw["weight_map"].items():
             if name not in owners or owners[name].path.name != shard:
                 raise CheckpointError(f"{index}: {name} is not in {shard}.")
         return owners

@@ -17,9 +17,10 @@ from gemma_keras.checkpoints.checkpoint import (
     build_config,
     check_shape,
     dominant_dtype,
-    file_inside,
     load_tokenizer,
+    open_shards,
     read_json,
+    read_weight_map,
     some,
 )
 from gemma_keras.checkpoints.h5_file import H5File
@@ -89,36 +90,13 @@ class KerasPresetCheckpoint(Checkpoint):
                 self.path / name for name in names if (self.path / name).is_file()
             )
         if weights.suffix == ".json":
-            return self._open_shards(weights)
+            return open_shards(weights, read_weight_map(weights)[1], self._add)
         return self._add(weights)
 
     def _add(self, path):
         opened = H5File(path)
         self._files.append(opened)
         return dict.fromkeys(opened.shapes, opened)
-
-    def _open_shards(self, index):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: has no weight_map.")
-        listed = [
-            name
-            for names in weight_map.values()
-            for name in (names if isinstance(names, list) else [names])
-        ]
-        if not all(isinstance(name, str) for name in listed):
-            raise CheckpointError(f"{index}: its weight_map must name files.")
-        owners = {}
-        for shard in sorted(set(listed)):
-            added = self._add(file_inside(self.directory, shard, index))
-            twice = owners.keys() & added.keys()
-            if twice:
-                raise CheckpointError(
-                    f"{added[min(twice)].path}: {min(twice)} is also in "
-                    f"{owners[min(twice)].path.name}."
-                )
-            owners |= added
-        return owners
 
     def _find_prefix(self, owners):
         """What comes before `reversible_embedding`, wherever the backbone is nested."""

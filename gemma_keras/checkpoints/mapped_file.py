@@ -24,6 +24,19 @@ FLOAT_DTYPES = {
 }
 
 
+def decoded_dtype(dtype):
+    """What quantised tensors are decoded to: `dtype`, or float32 if it is None.
+
+    Raises:
+        ValueError: it is no float type.
+    """
+    if dtype not in (None, *FLOAT_DTYPES):
+        raise ValueError(
+            f"dtype must be one of {', '.join(FLOAT_DTYPES)}, got {dtype!r}."
+        )
+    return dtype or "float32"
+
+
 class MappedFile:
     """A file open for reading, from which arrays are mapped."""
 

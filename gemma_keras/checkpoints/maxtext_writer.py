@@ -7,6 +7,7 @@ from gemma_keras.checkpoints import (
     hugging_face_tokenizer,
     maxtext_model,
     orbax_checkpoint,
+    orbax_place,
     orbax_writer,
 )
 from gemma_keras.checkpoints.maxtext_layout import MaxTextLayout, fold_factor
@@ -42,7 +43,7 @@ def use(config, layout, path="PATH"):
 def write(folder, contents, settings):
     """Writes the files to the empty directory `folder`; see `exporting`."""
     config, layout = contents.config, MaxTextLayout(settings.layout)
-    places = orbax_checkpoint.with_rows(layout.places(config), config)
+    places = orbax_checkpoint.with_rows(orbax_place.places(layout, config), config)
     step = folder / STEP
     writer = orbax_writer.OrbaxWriter(
         step / ITEM,

@@ -11,16 +11,19 @@ import numpy as np
 
 from gemma_keras.checkpoints import megatron_layout, nemo_config
 from gemma_keras.checkpoints.checkpoint import (
+    MAX_JSON_BYTES,
     Checkpoint,
     CheckpointError,
     build_config,
     check_shape,
     config_differences,
     dominant_dtype,
+    only_file,
     some,
 )
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
 from gemma_keras.checkpoints.nemo_archive import NemoArchive
+from gemma_keras.checkpoints.provenance import PROVENANCE
 from gemma_keras.checkpoints.torch_file import TorchFile
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
@@ -61,15 +64,10 @@ def open_checkpoint(path, config=None, dtype=None):
     `dtype` is of no consequence: nothing that this reads is quantised.
     """
     if path.is_dir() and not (path / CONFIG).is_file():
-        found = sorted(path.glob("*.nemo"))
-        if len(found) > 1:
-            raise CheckpointError(
-                f"{path}: holds {len(found)} .nemo files; name the one to load: "
-                f"{some(file.name for file in found)}."
-            )
-        if not found:
+        archive = only_file(path, ".nemo")
+        if archive is None:
             raise CheckpointError(_refusal(path))
-        path = found[0]
+        path = archive
     return NemoCheckpoint(path, config)
 
 
@@ -296,6 +294,12 @@ class NemoCheckpoint(Checkpoint):
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{self.path} ({name}): {error}") from error
+
+    def told(self):
+        """What an export told of itself, in the archive."""
+        _, _, size = self._archive.members.get(PROVENANCE, (None, 0, 0))
+        known = 0 < size <= MAX_JSON_BYTES
+        return self._archive.read(PROVENANCE, size) if known else None
 
     def close(self):
         """Closes the file; arrays keep their own mappings."""

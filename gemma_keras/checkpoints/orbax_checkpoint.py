@@ -10,7 +10,7 @@ import json
 import math
 
 from gemma_keras import registry
-from gemma_keras.checkpoints import orbax_directory
+from gemma_keras.checkpoints import orbax_directory, orbax_place
 from gemma_keras.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -145,7 +145,7 @@ class OrbaxCheckpoint(Checkpoint):
         return result
 
     def _read_config(self):
-        for folder in self._homes():
+        for folder in self.homes():
             where = folder / CONFIG
             if where.is_file():
                 raw = read_json(where)
@@ -155,7 +155,7 @@ class OrbaxCheckpoint(Checkpoint):
                 return build_config(where, **raw)
         return None
 
-    def _homes(self):
+    def homes(self):
         """Folders in which files beside the weights may lie, from the inside out."""
         inside, outside = self._where.absolute(), self.path.absolute()
         folders = [inside, inside.parent]
@@ -203,7 +203,7 @@ class OrbaxCheckpoint(Checkpoint):
 
     def _match(self):
         """Where each weight is; accounts for every array."""
-        places = self._layout.places(self.config)
+        places = orbax_place.places(self._layout, self.config)
         vocabulary = self.config.vocab_size
         rows = {vocabulary, max(vocabulary, stored_rows(vocabulary))}
         for path, place in places.items():
@@ -271,7 +271,7 @@ class OrbaxCheckpoint(Checkpoint):
             files = [
                 folder / name
                 for name in ("tokenizer.model", "tokenizer.json")
-                for folder in self._homes()
+                for folder in self.homes()
             ]
             self._tokenizer = load_tokenizer(*files)
         return self._tokenizer

@@ -66,6 +66,19 @@ class Place:
         return self._with((self.rows_of(numbers), *self.shape[1:]), 1, 1)
 
 
+def places(layout, config):
+    """Path of each weight of `config.weight_shapes()` to its `Place` in a layout."""
+    found = {}
+    for path, shape in config.weight_shapes().items():
+        if path == "token_embedding/embeddings":
+            found[path] = Place(name=layout.embedding, shape=shape)
+        elif path == "final_normalization/scale":
+            found[path] = Place(name=layout.final_norm, shape=shape)
+        else:
+            found[path] = layout.in_block(path, shape, config)
+    return found
+
+
 def stored_array(shapes, name, dims, where):
     """The shape of an array that has to be there, with so many axes.
 

@@ -11,12 +11,14 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
 import gemma_keras
 from gemma_keras import registry
 from gemma_keras.checkpoints.checkpoint import (
+    MAX_JSON_BYTES,
     Checkpoint,
     CheckpointError,
     parse_json,
@@ -37,7 +39,13 @@ were modified as said above.
 """
 _FAMILIES = {"gemma": "Gemma 1", "gemma2": "Gemma 2", "gemma3": "Gemma 3"}
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
-_MAX_BYTES = 2**16
+# What an export tells of itself that those after it pass on.
+_STEP = ("tool", "date", "source", "written", "modified", "licence")
+# Bytes of all that is passed on: a .ckpt file has it in a pickle, which is bounded.
+_MOST_EARLIER = 2**18
+_LEFT_OUT = "What was done before that is left out: it would have been too long."
+# Files that are told one by one; Orbax directories have hundreds.
+_MOST_FILES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +79,32 @@ def hashing(files):
     """Hashes `SourceFile`s beside other work.
 
     Yields:
-        A function that waits for it and gives what `describe` of each file gave.
+        A function that waits for it and gives what `describe` of each file gave, or
+        of many files one dict for all.
     """
     pool = concurrent.futures.ThreadPoolExecutor(1)
     jobs = [pool.submit(file.describe) for file in files]
     try:
-        yield lambda: [job.result() for job in jobs]
+        yield lambda: _together(files, [job.result() for job in jobs])
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _together(files, told):
+    """What is told of files: of many, one digest of what `sha256sum` would print."""
+    if len(files) <= _MOST_FILES:
+        return told
+    folder = Path(os.path.commonpath([file.path.parent for file in files]))
+    facts = {"name": folder.name, "count": len(files)}
+    facts["bytes"] = sum(file.size for file in files)
+    if all("sha256" in each for each in told):
+        sums = {
+            os.fsencode(file.path.relative_to(folder).as_posix()): each["sha256"]
+            for file, each in zip(files, told, strict=True)
+        }
+        lines = [sums[name].encode() + b"  " + name + b"\n" for name in sorted(sums)]
+        facts["sha256"] = hashlib.sha256(b"".join(lines)).hexdigest()
+    return [facts]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +119,7 @@ class Provenance:
         base_model: The model's name on Hugging Face, if it is known.
         files: The files that were read.
         modified: What was done to the weights, a sentence each.
-        earlier: The provenance.json of the source, if it had one.
+        earlier: What the exports before told, the latest first.
     """
 
     source: str | None = None
@@ -102,7 +128,7 @@ class Provenance:
     base_model: str | None = None
     files: tuple[SourceFile, ...] = ()
     modified: tuple[str, ...] = ()
-    earlier: dict | None = None
+    earlier: tuple[dict, ...] = ()
 
     def __post_init__(self):
         if not isinstance(self.licence, str) or not _LICENCE.fullmatch(self.licence):
@@ -120,11 +146,8 @@ class Provenance:
             source: What the user called it.
         """
         preset = registry.known_as(str(source))
-        path = checkpoint.path
-        earlier = read_own(path if path.is_dir() else path.parent)
-        if path.is_file() and (told := checkpoint.told()):
-            earlier = _read(told, path)
-        licence = str((earlier or {}).get("licence", GEMMA))
+        told = _papers_of(checkpoint) or {}
+        licence = str(told.get("licence", GEMMA))
         facts = {"licence": licence if _LICENCE.fullmatch(licence) else GEMMA}
         if preset is not None:
             hub = [name for name in preset.sources if name.startswith("hf://")]
@@ -134,7 +157,7 @@ class Provenance:
             source=_name_for_others(source, preset),
             format=checkpoint.format,
             files=tuple(map(SourceFile.at, checkpoint.files())),
-            earlier=earlier,
+            earlier=_steps(told),
             **facts,
         )
 
@@ -148,7 +171,7 @@ class Provenance:
         Args:
             format: What was written.
             dtype: How the weights are stored in it.
-            files: What `describe` of each of `self.files` gave.
+            files: What `hashing` gave of `self.files`.
         """
         now = datetime.datetime.now(datetime.UTC)
         facts = {
@@ -163,7 +186,7 @@ class Provenance:
             "modified": list(self.modified),
             "licence": self.licence,
         }
-        return facts | ({"earlier": self.earlier} if self.earlier else {})
+        return facts | ({"earlier": list(self.earlier)} if self.earlier else {})
 
 
 def _name_for_others(source, preset):
@@ -178,16 +201,49 @@ def read_own(directory) -> dict | None:
     """The provenance.json of an export in `directory`, or None."""
     where = directory / PROVENANCE
     try:
-        if where.stat().st_size > _MAX_BYTES:
+        if where.stat().st_size > MAX_JSON_BYTES:
             return None
         return _read(where.read_bytes(), where)
     except OSError:
         return None
 
 
+def _papers_of(checkpoint):
+    """The provenance.json of a checkpoint, or None.
+
+    That of the folder, unless a file has its own and the folder's does not list it.
+    """
+    path = checkpoint.path
+    beside = next(filter(None, map(read_own, checkpoint.homes())), None)
+    inside = checkpoint.told()
+    inside = inside and _read(inside, path)
+    if beside and (path.is_dir() or path.name in _listed(beside)):
+        return beside
+    return inside or beside
+
+
+def _steps(told):
+    """What an export told of itself and of those before it, the latest first."""
+    before = told.get("earlier")
+    steps = [told, *(before if isinstance(before, list) else [])]
+    found, size = [], 0
+    for step in filter(None, map(_kept, steps)):
+        size += len(json.dumps(step))
+        if size > _MOST_EARLIER:
+            found.append({"modified": [_LEFT_OUT]})
+            break
+        found.append(step)
+    return tuple(found)
+
+
+def _kept(step):
+    known = isinstance(step, dict)
+    return {key: step[key] for key in _STEP if key in step} if known else {}
+
+
 def _read(data, where):
     """What an export told, parsed; None for what is none of ours."""
-    if len(data) > _MAX_BYTES:
+    if len(data) > MAX_JSON_BYTES:
         return None
     try:
         found = parse_json(data, where)
@@ -198,7 +254,11 @@ def _read(data, where):
 
 def read_listing(directory) -> set[str]:
     """Names of the files that an export wrote to `directory`; empty without one."""
-    files = (read_own(directory) or {}).get("files")
+    return _listed(read_own(directory) or {})
+
+
+def _listed(told):
+    files = told.get("files")
     return {str(name) for name in files} if isinstance(files, list) else set()
 
 
@@ -233,9 +293,7 @@ def model_card(title, contents, facts, use) -> str:
     head += [f"base_model: {base}"] if base else []
     head += ["tags:", f"- {contents.config.family}", "- gemma_keras"]
     source = facts["source"]
-    hashes = [
-        f"- `{f['name']}`: {f['sha256']}" for f in source["files"] if "sha256" in f
-    ]
+    hashes = [_hash_line(file) for file in source["files"] if "sha256" in file]
     parts = ["---", *head, "---", "", f"# {title}", ""]
     parts += [
         f"A {_FAMILIES[contents.config.family]} of {contents.config.num_parameters:,} "
@@ -247,6 +305,12 @@ def model_card(title, contents, facts, use) -> str:
         parts += ["", "The source files, and their sha256:", "", *hashes]
     parts += ["", licence_section(licence)]
     return "\n".join(parts) + "\n"
+
+
+def _hash_line(file):
+    count = file.get("count")
+    many = "" if count is None else f" ({count} files, of what `sha256sum` prints)"
+    return f"- `{file['name']}`{many}: {file['sha256']}"
 
 
 def _how_made(facts):

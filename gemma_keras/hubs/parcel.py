@@ -188,7 +188,8 @@ def _pack_checkpoint(source, checkpoint, licence):
             f"{source}: {some(lacking)} is no name that weights have there."
         )
     contents = exporting.checkpoint_contents(checkpoint, source)
-    licence = _licence(source, licence, contents.provenance.earlier)
+    told = contents.provenance.earlier[:1]
+    licence = _licence(source, licence, told[0] if told else None)
     if CARD not in files:
         files[CARD] = _card(source.stem, contents, kind, licence).encode()
     return _parcel(kind, files, licence, left_out, single)
@@ -244,9 +245,9 @@ def _card(title, contents, kind, licence):
     if not found.earlier:
         found = found.adding("What was done to the weights before is not known.")
     facts = found.describe(found.format, contents.dtype, [])
-    earlier = (found.earlier or {}).get("modified")
-    if isinstance(earlier, list):
-        facts["modified"] += [str(sentence) for sentence in earlier]
+    for step in found.earlier:
+        if isinstance(step.get("modified"), list):
+            facts["modified"] += [str(sentence) for sentence in step["modified"]]
     facts |= {"licence": licence, "written": None}
     use = kind.use.replace(gguf_writer.FILE, contents.provenance.files[0].path.name)
     return provenance.model_card(title, contents, facts, use)

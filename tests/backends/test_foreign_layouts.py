@@ -1,7 +1,8 @@
-"""gemma_pytorch and Megatron, as plain numpy that follows their documented layouts.
+"""Plain numpy that follows the documented layouts of programs that do not run here.
 
-Neither runs here. What their programs would compute from our files is written out: it
-opens a file with torch, knows nothing of this package, and agrees with its logits.
+What gemma_pytorch, Megatron, Google's Flax library and MaxText would compute of our
+files is written out: it opens them with torch or Orbax, knows nothing of this
+package, and agrees with its logits.
 """
 
 import dataclasses
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 import yaml
 from keras import ops
+from random_twin import build
 
-from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig
-from gemma_keras.projection import adapted_layers
+from gemma_keras import GemmaCausalLM, GemmaConfig
 
 torch = pytest.importorskip("torch")
 
@@ -61,28 +62,8 @@ def config_of(family, heads):
 
 
 @functools.cache
-def build(family, heads, lora=False):
-    """A random model, its norms too, with or without low-rank updates everywhere."""
-
-    def init(path):
-        deviations = {"scale": 0.4, "kernel": 0.12, "embeddings": 0.12}
-        return keras.initializers.RandomNormal(stddev=deviations[path.split("/")[-1]])
-
-    keras.utils.set_random_seed(11)
-    lm = GemmaCausalLM(GemmaBackbone(config_of(family, heads), init=init))
-    if lora:
-        layers = adapted_layers(lm.backbone).values()
-        names = sorted({layer.name for layer in layers} - {"token_embedding"})
-        lm.backbone.enable_lora(3, target_layer_names=names, alpha=5)
-        random = np.random.default_rng(5)
-        for variable in lm.trainable_variables:
-            variable.assign(0.2 * random.normal(size=variable.shape))
-    return lm
-
-
-@functools.cache
-def logits_of(family, heads, lora=False):
-    return ops.convert_to_numpy(build(family, heads, lora)({"token_ids": IDS}))
+def logits_of(config, lora=False):
+    return ops.convert_to_numpy(build(config, lora=lora)({"token_ids": IDS}))
 
 
 # The decoder, in float64. `weights` has what the two layouts have of a layer.
@@ -204,18 +185,18 @@ def of_gemma_pytorch(config, state):
 
 @pytest.mark.parametrize(("family", "heads", "lora"), CASES)
 def test_gemma_pytorch_would_give_our_logits(tmp_path, family, heads, lora):
-    lm = build(family, heads, lora)
+    lm = build(config_of(family, heads), lora=lora)
     path = lm.export(tmp_path / "m.ckpt", format="torch")
     state = torch.load(path, weights_only=True, mmap=True)["model_state_dict"]
     expected = of_gemma_pytorch(lm.config, state)
-    found = logits_of(family, heads, lora)
+    found = logits_of(lm.config, lora)
     assert np.abs(expected).max() > 0.5
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_gemma_pytorch_would_give_the_logits_of_int8(tmp_path, family):
-    lm = build(family, HEADS[0])
+    lm = build(config_of(family, HEADS[0]))
     path = lm.export(tmp_path / "m.ckpt", format="torch", dtype="int8")
     state = torch.load(path, weights_only=True, mmap=True)["model_state_dict"]
     expected = of_gemma_pytorch(lm.config, state)
@@ -223,7 +204,7 @@ def test_gemma_pytorch_would_give_the_logits_of_int8(tmp_path, family):
     found = ops.convert_to_numpy(rounded({"token_ids": IDS}))
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
     # And they are no longer those of the model that was rounded.
-    assert np.abs(found - logits_of(family, HEADS[0])).max() > 1e-3
+    assert np.abs(found - logits_of(lm.config)).max() > 1e-3
 
 
 # Megatron: groups of heads; gate and up in one; norms inside of the layer behind them
@@ -291,7 +272,7 @@ def of_megatron(raw, state, rotary):
     ("family", "heads", "lora"), [case for case in CASES if case[0] != "gemma3"]
 )
 def test_nemo_would_give_our_logits(tmp_path, family, heads, lora):
-    lm = build(family, heads, lora)
+    lm = build(config_of(family, heads), lora=lora)
     path = lm.export(tmp_path / "m.nemo", format="nemo")
     with tarfile.open(path) as tar:
         tar.extractall(tmp_path, filter="data")
@@ -299,7 +280,7 @@ def test_nemo_would_give_our_logits(tmp_path, family, heads, lora):
     weights = tmp_path / "model_weights.ckpt"
     state = torch.load(weights, weights_only=True, mmap=True)
     expected = of_megatron(raw, state, lm.config)
-    found = logits_of(family, heads, lora)
+    found = logits_of(lm.config, lora)
     assert np.abs(expected).max() > 0.5
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
     again = GemmaCausalLM.from_preset(path)
@@ -320,11 +301,6 @@ def restored(path):
 def of_flax(config, tree):
     """Google's Flax files: einsums, and keys that are paths."""
 
-    def qkv(attention):
-        if "qkv_einsum" in attention:
-            return attention["qkv_einsum"]["w"]
-        return attention["q_einsum"]["w"], *attention["kv_einsum"]["w"]
-
     def layer(number):
         start = f"transformer/layer_{number}/"
         found = {
@@ -332,11 +308,15 @@ def of_flax(config, tree):
             for name, leaf in tree.items()
             if name.startswith(start)
         }
-        names = [name for name in found if name.startswith("attn/")]
-        kernels = qkv({name.removeprefix("attn/"): found[name] for name in names})
+        if "attn/qkv_einsum" in found:
+            kernels = found["attn/qkv_einsum"]["w"]
+        else:
+            kernels = found["attn/q_einsum"]["w"], *found["attn/kv_einsum"]["w"]
         out = found["attn/attn_vec_einsum"]["w"]
         gating = found["mlp/gating_einsum"]["w"]
-        return {
+        # Gemma 3 has it turned.
+        gating = gating.swapaxes(1, 2) if config.use_qk_norm else gating
+        weights = {
             "qkv": lambda x: [np.einsum("btd,ndh->btnh", x, w) for w in kernels],
             "gates": lambda x: (x @ gating[0], x @ gating[1]),
             "before_attention": 1 + found["pre_attention_norm"]["scale"],
@@ -344,45 +324,86 @@ def of_flax(config, tree):
             "out": out.reshape(-1, out.shape[-1]).T,
             "down": found["mlp/linear"]["w"].T,
         }
+        if config.use_post_norms:
+            weights["after_attention"] = 1 + found["post_attention_norm"]["scale"]
+            weights["after_ffw"] = 1 + found["post_ffw_norm"]["scale"]
+        if config.use_qk_norm:
+            weights["query_norm"] = 1 + found["attn/_query_norm"]["scale"]
+            weights["key_norm"] = 1 + found["attn/_key_norm"]["scale"]
+        return weights
 
     table = tree["transformer/embedder"]["input_embedding"]
     return forward(config, table, layer, 1 + tree["transformer/final_norm"]["scale"])
 
 
+def agree(found, expected):
+    """Within rounding of float32, which grows with the largest number."""
+    largest = np.abs(expected).max()
+    assert largest > 0.5
+    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, largest), rtol=0)
+
+
+def orbax_config(family, heads):
+    """As Google's library and MaxText can have it, in depth and query scale."""
+    config = config_of(family, heads)
+    if family == "gemma":
+        return config
+    depth, pattern = {"gemma2": (4, "LG"), "gemma3": (13, "LLLLLG")}[family]
+    return dataclasses.replace(
+        config,
+        num_layers=depth,
+        layer_pattern=pattern,
+        query_pre_attn_scalar=config.hidden_dim // config.num_query_heads,
+    )
+
+
 @pytest.mark.reference
-@pytest.mark.parametrize("heads", HEADS)
-def test_flax_would_give_our_logits(tmp_path, heads):
-    lm = build("gemma", heads)
+@pytest.mark.parametrize(("family", "heads", "lora"), CASES)
+def test_flax_would_give_our_logits(tmp_path, family, heads, lora):
+    lm = build(orbax_config(family, heads), lora=lora)
     path = lm.export(tmp_path / "m", format="flax")
     expected = of_flax(lm.config, restored(path / "checkpoint"))
-    found = logits_of("gemma", heads)
-    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    agree(logits_of(lm.config, lora), expected)
 
 
 def of_maxtext(config, tree):
     """MaxText: factors folded into weights; layers stacked on the second axis, or not.
 
-    Of Gemma 2 a local and a global layer make one.
+    Of Gemma 2 a local and a global layer make one; of Gemma 3, those at each of six
+    places are stacked, and the last few are on their own.
     """
     decoder, pairs = tree["params"]["params"]["decoder"], config.family == "gemma2"
 
+    def block(number):
+        """The arrays that a layer is in, and its place in their stack, or None."""
+        if pairs:
+            number //= 2
+        if f"layers_{number}" in decoder:
+            return decoder[f"layers_{number}"], None
+        if config.family != "gemma3":
+            return decoder["layers"], number
+        stack, place = divmod(number, 6)
+        if stack == config.num_layers // 6:
+            return decoder["layers_remainder"][f"layers_{place}"], None
+        return decoder["layers"][f"layers_{place}"], stack
+
     def layer(number):
-        place = number // 2 if pairs else number
         suffix = ("_local", "_global")[number % 2] if pairs else ""
+        arrays, place = block(number)
 
         def get(*names):
-            found = decoder.get(f"layers_{place}", decoder.get("layers"))
-            found = found[names[0] + suffix]
+            found = arrays[names[0] + suffix]
             for name in names[1:]:
                 found = found[name]
-            return found.take(place, 1) if "layers" in decoder else found
+            return found if place is None else found.take(place, 1)
 
         def qkv(x):
             q, k, v = (
                 np.einsum("btd,dnh->btnh", x, get("self_attention", name, "kernel"))
                 for name in ("query", "key", "value")
             )
-            return q * config.query_pre_attn_scalar**0.5, k, v
+            scale = 1 if config.use_qk_norm else config.query_pre_attn_scalar**0.5
+            return q * scale, k, v
 
         def gates(x):
             return [x @ get("mlp", name, "kernel") for name in ("wi_0", "wi_1")]
@@ -399,6 +420,9 @@ def of_maxtext(config, tree):
         if config.use_post_norms:
             weights["after_attention"] = get("post_self_attention_norm", "scale")
             weights["after_ffw"] = get("post_ffw_norm", "scale")
+        if config.use_qk_norm:
+            for name in ("query_norm", "key_norm"):
+                weights[name] = get("self_attention", name, "scale")
         return weights
 
     embedder = tree["params"]["params"]["token_embedder"]["embedding"]
@@ -406,19 +430,14 @@ def of_maxtext(config, tree):
     return forward(config, table, layer, decoder["decoder_norm"]["scale"])
 
 
-# MaxText has Gemma 2's layers in pairs.
-FAMILIES["gemma2 in pairs"] = FAMILIES["gemma2"] | {"num_layers": 4}
-
-
 @pytest.mark.reference
 @pytest.mark.parametrize("layout", ["scanned", "unscanned"])
-@pytest.mark.parametrize("family", ["gemma", "gemma2 in pairs"])
-def test_maxtext_would_give_our_logits(tmp_path, family, layout):
-    lm = build(family, HEADS[0])
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_maxtext_would_give_our_logits(tmp_path, family, lora, layout):
+    lm = build(orbax_config(family, HEADS[0]), lora=lora)
     path = lm.export(tmp_path / "m", format="maxtext", layout=layout)
     expected = of_maxtext(lm.config, restored(path / "0" / "items"))
-    found = logits_of(family, HEADS[0])
-    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    agree(logits_of(lm.config, lora), expected)
     again = GemmaCausalLM.from_preset(path)
-    same = ops.convert_to_numpy(again({"token_ids": IDS}))
-    np.testing.assert_allclose(same, expected, atol=1e-5, rtol=0)
+    agree(ops.convert_to_numpy(again({"token_ids": IDS})), expected)

@@ -42,6 +42,18 @@ def test_a_preset_goes_to_a_format_and_answers_as_before(tmp_path, to):
     assert facts["licence"] == "apache-2.0"
 
 
+@pytest.mark.parametrize("layout", ["scanned", "unscanned"])
+def test_what_trains_in_maxtext_is_printed_and_in_the_card(tmp_path, layout):
+    options = ("--to", "maxtext", "--layout", layout)
+    told = convert(PRESET, tmp_path / "m", *options).stderr
+    card = (tmp_path / "m" / "README.md").read_text()
+    for text, path in ((told, str(tmp_path / "m")), (card, "PATH")):
+        assert "python3 -m maxtext.trainers.pre_train.train " in text
+        assert "python3 -m maxtext.trainers.post_train.sft.train_sft " in text
+        assert text.count(f"load_parameters_path={path}/0/items") == 2
+        assert text.count("scan_layers=false") == 2 * (layout == "unscanned")
+
+
 @pytest.mark.parametrize("form", ["gguf", "ckpt", "nemo", "int8"])
 def test_a_file_answers_too(tmp_path, form):
     suffix = "ckpt" if form == "int8" else form

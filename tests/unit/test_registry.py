@@ -11,10 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from stand_in_hubs import COMMIT, REPOSITORY, client_environment
+from stand_in_hubs import COMMIT, REPOSITORY, Repository, client_environment
 
 from gemma_keras import registry
+from gemma_keras.checkpoints import exporting, open_checkpoint
+from gemma_keras.checkpoints.provenance import Provenance
 from gemma_keras.config import GemmaConfig
 from gemma_keras.registry import SourceError
 
@@ -249,6 +252,29 @@ def test_handles_that_are_not_understood(handle):
             "config.json tokenizer.model gemma-2b.ckpt",
         ),
         ("README.md gemma-2b.nemo", "gemma-2b.nemo"),
+        (
+            "README.md provenance.json config.json model.safetensors",
+            "config.json provenance.json model.safetensors",
+        ),
+        # Google's, an export for MaxText, and Orbax as it was in 2024.
+        (
+            "README.md .gitattributes tokenizer.model 2b/_METADATA 2b/checkpoint "
+            "2b/manifest.ocdbt 2b/d/00ff 2b/ocdbt.process_0/manifest.ocdbt "
+            "2b/ocdbt.process_0/d/12ab notes/tokenizer.model",
+            "tokenizer.model 2b/_METADATA 2b/checkpoint 2b/manifest.ocdbt 2b/d/00ff "
+            "2b/ocdbt.process_0/manifest.ocdbt 2b/ocdbt.process_0/d/12ab",
+        ),
+        (
+            "Notice README.md config.json gemma_config.json provenance.json "
+            "tokenizer.json 0/_CHECKPOINT_METADATA 0/items/_METADATA "
+            "0/items/manifest.ocdbt 0/items/d/34cd 0/train_state/notes.bin",
+            "gemma_config.json provenance.json tokenizer.json 0/items/_METADATA "
+            "0/items/manifest.ocdbt 0/items/d/34cd",
+        ),
+        (
+            "README.md x/tokenizer.model x/2b/checkpoint x/2b/a.w/.zarray x/2b/a.w/0.0",
+            "x/tokenizer.model x/2b/checkpoint x/2b/a.w/.zarray x/2b/a.w/0.0",
+        ),
     ],
 )
 def test_needed_files(names, needed):
@@ -263,6 +289,8 @@ def test_needed_files(names, needed):
         ("a.gguf b.gguf", "several GGUF files.*a.gguf, b.gguf"),
         ("a.ckpt b.ckpt", "nor one GGUF, .ckpt or .nemo file"),
         ("model.safetensors", "no config.json"),
+        ("checkpoint README.md", "nor an Orbax directory"),
+        ("1/a/_METADATA 2/a/_METADATA", r"several Orbax directories \(1/a/, 2/a/\)"),
     ],
 )
 def test_repositories_without_a_checkpoint(names, message):
@@ -332,6 +360,31 @@ def test_hugging_face_fetches_what_is_needed(fetch, hub, revision):
         True,
         path,
     )
+
+
+def test_hugging_face_fetches_an_orbax_directory(fetch, hub, tmp_path):
+    pytest.importorskip("tensorstore")
+    with open_checkpoint(registry.resolve("gemma_tiny_en")) as checkpoint:
+        contents = exporting.checkpoint_contents(checkpoint, "gemma_tiny_en")
+        exporting.export(contents, tmp_path / "m", "flax")
+        expected = {p: checkpoint.tensor(p) for p in checkpoint.config.weight_shapes()}
+    files = {
+        file.relative_to(tmp_path / "m").as_posix(): (file.read_bytes(), "first")
+        for file in (tmp_path / "m").rglob("*")
+        if file.is_file()
+    }
+    files["1.zip"] = b"not needed", "first"
+    hub.repositories["me/flax"] = Repository(private=False, files=files)
+    ok, path = fetch("hf://me/flax")
+    assert ok, path
+    assert not (Path(path) / "1.zip").exists()
+    assert not (Path(path) / "README.md").exists()
+    with open_checkpoint(path) as checkpoint:
+        assert Provenance.of(checkpoint, path).licence == "apache-2.0"
+        assert checkpoint.tokenizer() is not None
+        for name, array in expected.items():
+            np.testing.assert_array_equal(checkpoint.tensor(name), array)
+    assert fetch("hf://me/flax", HF_HUB_OFFLINE="1") == (True, path)
 
 
 def test_hugging_face_fetches_one_file(fetch):

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from torch_arrays import to_torch
 
 from gemma_keras import registry
 from gemma_keras.checkpoints import CheckpointError, exporting, open_checkpoint
@@ -55,17 +56,6 @@ def state_dict(config, arrays, embedding="embedder.weight"):
         fused = np.concatenate([arrays[f"{block}/{role}"].T for role in ROLES])
         state[f"model.layers.{layer}.self_attn.qkv_proj.weight"] = fused
     return {name: to_torch(array) for name, array in state.items()}
-
-
-def to_torch(array):
-    array = np.ascontiguousarray(array)
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def to_numpy(tensor):
-    return tensor.float().numpy()
 
 
 def quantised(state):

@@ -434,7 +434,7 @@ def test_heads_quantised_norms_and_extra_tensors(tmp_path, files):
 def test_several_files_in_a_directory(tmp_path, files):
     for name in ("a.gguf", "b.gguf"):
         write_floats(tmp_path / name, files, files.configs["gemma"])
-    with pytest.raises(CheckpointError, match=r"2 GGUF files.*a\.gguf, b\.gguf"):
+    with pytest.raises(CheckpointError, match=r"2 \.gguf files.*a\.gguf, b\.gguf"):
         open_checkpoint(tmp_path)
 
 

@@ -176,7 +176,7 @@ def test_the_origin_in_a_file_is_read_again(tmp_path, files):
         exporting.export(again, tmp_path / "two", "hf")
     facts = json.loads((tmp_path / "two" / "provenance.json").read_text())
     assert facts["licence"] == "apache-2.0"
-    assert facts["earlier"]["written"]["format"] == "GGUF"
+    assert facts["earlier"][0]["written"]["format"] == "GGUF"
 
 
 def test_a_file_replaces_a_gguf_only_and_only_if_asked(tmp_path, files):

@@ -15,6 +15,7 @@ import typing
 import numpy as np
 import pytest
 import yaml
+from torch_arrays import to_torch
 
 from gemma_keras.checkpoints import CheckpointError, exporting, open_checkpoint
 from gemma_keras.checkpoints.contents import Contents
@@ -85,13 +86,6 @@ def megatron(config, arrays, prefix="model.", norm_dtype=np.float64):
         gates = (arrays[f"{block}/ffw_gating{n}/kernel"].T for n in ("", "_2"))
         state[f"{into}.mlp.linear_fc1.weight"] = np.concatenate(list(gates))
     return {prefix + name: to_torch(array) for name, array in state.items()}
-
-
-def to_torch(array):
-    array = np.ascontiguousarray(array)
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def saved(state):
