@@ -802,6 +802,19 @@ def peak_memory():
     return _peak_of_process()
 
 
+def device_memory():
+    """Bytes of the accelerator that the backend computes on; None on a CPU."""
+    if NAME == "jax":
+        return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if NAME == "torch":
+        return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+    # What TensorFlow tells of a device has no size, but in this list.
+    from tensorflow.python.client import device_lib
+
+    found = [d for d in device_lib.list_local_devices() if d.device_type == "GPU"]
+    return found[0].memory_limit if found else None
+
+
 def _peak_of_process():
     # Not ru_maxrss where it can be helped: it begins with the parent's.
     status = pathlib.Path("/proc/self/status")

@@ -77,6 +77,11 @@ def token_log_probs(hidden, labels, backbone):
     return ops.concatenate(parts, axis=1)
 
 
+def chunk_rows(vocabulary):
+    """How many positions meet a head of so many tokens at a time."""
+    return min(MOST_ROWS, max(8, CHUNK_BYTES // (4 * vocabulary)))
+
+
 def _known_gradient(x, gradient):
     """Zeros of the shape of `x`, in float32, whose gradient is `gradient`."""
     product = ops.cast(x, "float32") * gradient
@@ -89,7 +94,7 @@ def _in_chunks(rows, ids, weights, backbone, train_head):
     [N], [N], [N, D], and [V, D] of the weighted sum if `train_head`.
     """
     width, vocabulary = rows.shape[1], backbone.config.vocab_size
-    chunk = min(MOST_ROWS, max(8, CHUNK_BYTES // (4 * vocabulary)))
+    chunk = chunk_rows(vocabulary)
     if rows.shape[0] is not None:
         chunk = min(chunk, rows.shape[0])
     # The last chunk may begin anywhere.

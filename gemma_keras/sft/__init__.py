@@ -9,6 +9,7 @@ _MODULES = {
     "Checkpoints": "callbacks",
     "DivergenceError": "callbacks",
     "MetricsFile": "callbacks",
+    "Plan": "planning",
     "RunConfig": "config",
     "Samples": "callbacks",
     "StepMetrics": "callbacks",
@@ -16,6 +17,7 @@ _MODULES = {
     "StopOnDivergence": "callbacks",
     "TensorBoard": "tensorboard",
     "Validation": "callbacks",
+    "plan": "planning",
     "run": "runs",
     "write_report": "report",
 }

@@ -243,12 +243,13 @@ class RunConfig:
         return wrong
 
     @classmethod
-    def read(cls, path, changes=None):
+    def read(cls, path, changes=None, defaults=None):
         """The config of a YAML file.
 
         Args:
             path: the file, whose keys are the fields' names; None is an empty one.
             changes: values in place of the file's.
+            defaults: values of what neither gives.
 
         Raises:
             ConfigError: it is no YAML, or as the constructor.
@@ -256,7 +257,7 @@ class RunConfig:
         values = {} if path is None else _read_yaml(pathlib.Path(path))
         values |= changes or {}
         refuse_unknown(values, path)
-        return cls(**values)
+        return cls(**{**(defaults or {}), **values})
 
     def resolved(self, max_position):
         """The config with the values that go by others and by the model filled in.

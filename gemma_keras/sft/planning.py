@@ -1,0 +1,288 @@
+"""What fine-tuning takes of memory, told from shapes, before anything is loaded.
+
+A step's peak is what stays (the program, weights, the adapter and its optimizer), what
+each block keeps for the backward pass, and the largest of what comes and goes: one
+block's work, or one chunk of the loss. The numbers that a block keeps for each token
+are counted from backbone.py, where the backends differ: torch keeps what autograd asks
+for, XLA, which compiles for JAX and TensorFlow, what it does not care to compute again.
+tools/bench/plan.py compares the sum with runs.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import re
+
+from gemma_keras import backend, registry
+from gemma_keras.loading import open_source
+from gemma_keras.lora_config import EMBEDDING, LoraConfig, layer_shapes
+from gemma_keras.loss import chunk_rows
+from gemma_keras.quantization import MODES, Quantization
+
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Numbers that an optimizer keeps for each trained one; Adafactor next to none.
+MOMENTS = {"adamw": 2, "adam": 2, "lion": 1, "muon": 2, "sgd": 0, "adafactor": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a backend takes on a CPU for itself, in bytes, and how it keeps things.
+
+    Attributes:
+        base: the process with Keras and the tokenizer, before a model.
+        compiled: what compiling takes and leaves, for each layer.
+        xla: whether XLA decides what is kept.
+    """
+
+    base: float
+    compiled: float
+    xla: bool
+
+
+PROGRAMS = {
+    "jax": Program(0.45e9, 8e6, True),
+    "torch": Program(0.62e9, 0, False),
+    "tensorflow": Program(0.9e9, 12e6, True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes that a run takes, part by part.
+
+    Attributes:
+        parts: name to bytes of what a training step holds at its peak.
+        loading: bytes at the peak of loading the model, before the first step.
+    """
+
+    parts: dict[str, int]
+    loading: int
+
+    @property
+    def total(self):
+        """Bytes at the peak of the run."""
+        return max(self.loading, sum(self.parts.values()))
+
+
+def plan(config, memory=None):
+    """What a run takes, and what would fit.
+
+    Nothing but the checkpoint's config is read, and no preset is fetched for it.
+
+    Args:
+        config: a `RunConfig`; its data and folder do not matter.
+        memory: bytes that there are; the accelerator's, or those that the machine has
+            left, if None.
+
+    Returns:
+        `(plan, memory, proposals)`: the `Plan`; the bytes that there are; and up to
+        three pairs of a dict of changed options and their `Plan`, best first. If the
+        run fits, these are larger batches that do too; otherwise, what makes it fit.
+
+    Raises:
+        ValueError: as `RunConfig.resolved`.
+        CheckpointError: `config.preset` cannot be read.
+    """
+    model, stored, packed = _facts(config.preset)
+    config = config.resolved(model.max_position)
+    there = backend.device_memory()
+    device = "cpu" if there is None else "gpu"
+    memory = memory or there or _free_memory()
+
+    def of(changes):
+        run = dataclasses.replace(config, **changes)
+        return predict(model, run, stored, backend.NAME, device, packed)
+
+    found = of({})
+    candidates = _larger if found.total <= memory else _smaller
+    proposals = [(changes, of(changes)) for changes in candidates(config, bool(packed))]
+    return found, memory, [pair for pair in proposals if pair[1].total <= memory][:3]
+
+
+def _facts(source):
+    """`(config, dtype, packings)` of a model; a preset is not fetched for them."""
+    preset = registry.known_as(source)
+    if preset is not None and not preset.available:
+        return preset.config, "bfloat16", {}
+    with open_source(source) as checkpoint:
+        return checkpoint.config, checkpoint.dtype, checkpoint.packings
+
+
+def _larger(config, packed):
+    """Changes that make batches larger."""
+    return [{"batch_size": config.batch_size * 2**i} for i in range(1, 8)][::-1]
+
+
+def _smaller(config, packed):
+    """Changes that take less: what learns the same first, shorter rows last."""
+    rows, steps = config.batch_size, config.accumulation
+    batches = [{"batch_size": rows, "accumulation": steps}]
+    while rows % 2 == 0:
+        rows, steps = rows // 2, steps * 2
+        batches.append({"batch_size": rows, "accumulation": steps})
+    modes = [config.quantize]
+    if not (config.full or packed or config.quantize):
+        modes += MODES
+    length = config.sequence_length
+    wanted = [
+        {**batch, "remat": remat, "quantize": mode, "sequence_length": length // part}
+        for part in (1, 2, 4)
+        for mode in modes
+        for batch in batches
+        for remat in sorted({config.remat, True})
+    ]
+    now = config.as_dict()
+    return [{k: v for k, v in w.items() if v != now[k]} for w in wanted][1:]
+
+
+def _free_memory():
+    """Bytes that the machine has left."""
+    path = pathlib.Path("/proc/meminfo")
+    if path.exists():
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", path.read_text())[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def predict(model, run, stored, name, device="cpu", packings=None):
+    """The `Plan` of a run.
+
+    Args:
+        model: the `GemmaConfig`.
+        run: a `RunConfig` with its `sequence_length` filled in.
+        stored: dtype of the checkpoint, which `dtype="auto"` takes.
+        name: the backend's, `"jax"`, `"torch"` or `"tensorflow"`.
+        packings: those of a checkpoint that is quantised, by the layers' paths.
+        device: `"cpu"`, where the process itself counts too, or `"gpu"`.
+    """
+    program = PROGRAMS[name]
+    step = _Step(model, run, stored, program.xla, packings or {})
+    base = program.base if device == "cpu" else 0
+    compiled = program.compiled * model.num_layers if device == "cpu" else 0
+    parts = {
+        "program": base + compiled,
+        "weights": step.weights(),
+        "adapter and optimizer": step.trained(),
+        "kept by blocks": step.kept(),
+        "work of a block or of the loss": max(step.work(), step.loss()),
+    }
+    loading = base + step.weights() + step.largest_matrix()
+    return Plan({k: round(v) for k, v in parts.items() if v}, round(loading))
+
+
+class _Step:
+    """Counts what one step of a run holds, in bytes."""
+
+    def __init__(self, model, run, stored, xla, packings):
+        self.model, self.run, self.xla = model, run, xla
+        self.packings = packings
+        if run.quantize:
+            self.packings = Quantization(run.quantize).packings(model)
+        holds = stored if run.dtype == "auto" else run.dtype
+        self.mixed = holds.startswith("mixed_")
+        self.compute = WIDTHS[holds.removeprefix("mixed_")]
+        self.held = 4 if self.mixed else self.compute
+        self.tokens = run.batch_size * run.sequence_length
+        self.scores = model.num_query_heads * run.sequence_length
+        self.lora = None
+        if not run.full:
+            self.lora = LoraConfig(rank=run.lora_rank, targets=run.lora_targets or None)
+
+    def weights(self):
+        model = self.model
+        total = 0
+        for path, shape in model.weight_shapes().items():
+            packing = self.packings.get(path.rpartition("/")[0])
+            if packing is None:
+                total += self.held * math.prod(shape)
+                continue
+            rows, columns = shape if path.endswith("embeddings") else shape[::-1]
+            for made, dtype in packing.shapes(rows, columns).values():
+                total += math.prod(made) * {"bfloat16": 2, "float32": 4}.get(dtype, 1)
+        if self.mixed:
+            # The kernels once more, as they are computed with.
+            total += self.compute * sum(map(math.prod, self._kernels().values()))
+        return total
+
+    def largest_matrix(self):
+        """What loading holds beside the weights, where it rounds them."""
+        if not self.run.quantize:
+            return 0
+        return self.held * max(map(math.prod, layer_shapes(self.model).values()))
+
+    def _kernels(self):
+        shapes = layer_shapes(self.model)
+        return {path: shape for path, shape in shapes.items() if path != EMBEDDING}
+
+    def trained(self):
+        """Trained weights beyond `weights`, gradients, moments, accumulators."""
+        copies = 1 + MOMENTS[self.run.optimizer] + (self.run.accumulation > 1)
+        if self.lora is None:
+            return copies * self.held * self.model.num_parameters
+        dora = self.run.dora * sum(
+            shape[1]
+            for path, shape in self._kernels().items()
+            if self.lora.adapts(path)
+        )
+        return (1 + copies) * 4 * (self.lora.num_parameters(self.model) + dora)
+
+    def kept(self):
+        """What all blocks keep for the backward pass, and the embeddings."""
+        width = self.model.hidden_dim
+        residual = self.compute * width
+        layer = residual if self.run.remat else self._of_block()
+        return self.tokens * (self.model.num_layers * layer + 2 * residual)
+
+    def _of_block(self):
+        """Bytes for each token."""
+        model, c = self.model, self.compute
+        queries = model.num_query_heads * model.head_dim
+        keys = model.num_kv_heads * model.head_dim
+        width, ffn, scores = model.hidden_dim, model.ffn_dim, self.scores
+        kept = c * (queries + 2 * keys)  # what scores and values are made of
+        kept += 4 * scores + (c * scores if c != 4 else 0)  # softmax, as cast
+        kept += 2 * 4 * width  # what norms saw
+        if model.use_post_norms:
+            kept += 2 * 4 * width
+        if model.use_qk_norm:
+            kept += 4 * (queries + keys)
+        if model.attn_logit_soft_cap is not None:
+            kept += 4 * scores
+        if self.xla:
+            kept += 3 * c * ffn + 2 * c * width + 4 * scores
+        else:
+            kept += 2 * c * ffn + self._of_inputs(queries)
+        return kept
+
+    def _of_inputs(self, queries):
+        """What the inputs of adapted, or of all, projections take for each token."""
+        model = self.model
+        groups = (
+            (("query", "key", "value"), model.hidden_dim),
+            (("attention_output",), queries),
+            (("ffw_gating", "ffw_gating_2"), model.hidden_dim),
+            (("ffw_linear",), model.ffn_dim),
+        )
+        if self.lora is None:
+            return self.compute * sum(width for _, width in groups)
+        names = {p.rpartition("/")[2] for p in self._kernels() if self.lora.adapts(p)}
+        return self.compute * sum(
+            width for among, width in groups if names & set(among)
+        )
+
+    def work(self):
+        """The most that a block holds beyond what it keeps."""
+        model = self.model
+        attention = 3 * 4 * self.scores
+        ffn = 4 * self.compute * model.ffn_dim
+        work = max(attention, ffn)
+        if self.run.remat:
+            work += self._of_block()
+        return self.tokens * work
+
+    def loss(self):
+        """A chunk of logits, its slopes, and the gradient of all positions."""
+        vocabulary = self.model.vocab_size
+        rows = min(chunk_rows(vocabulary), self.tokens)
+        chunk = 4 * rows * vocabulary
+        return 3 * chunk + 4 * 4 * self.tokens * self.model.hidden_dim

@@ -1,0 +1,189 @@
+"""What `gemma-keras sft --plan` foretells beside the memory that runs then take.
+
+    python tools/bench/plan.py --json plan.json
+    python tools/bench/plan.py --backends torch --only gemma3
+
+Each line is a real run of `gemma-keras sft`, of three steps, in a process of its own,
+on a model of random weights with the genuine tokenizer (`tools/fetch_assets.py`) and on
+texts long enough to fill its rows. Told are the peak that it wrote into metrics.csv and
+what the planner said before; the last line has the largest difference. Which lines the
+planner's figures were fitted to, and which it had never seen, the table says.
+"""
+
+import argparse
+import csv
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+
+from models import assets, folder
+
+BACKENDS = ("jax", "torch", "tensorflow")
+COMMAND = "import sys; sys.argv[0] = 'gemma-keras'; import gemma_keras.cli as c; "
+COMMAND += "c.main()"
+
+
+def models():
+    """Name to `GemmaConfig`: shapes that differ in what memory depends on."""
+    from contenders import our_config
+
+    from gemma_keras import GemmaConfig, registry
+
+    shared = {"vocab_size": 256_000, "query_pre_attn_scalar": 64.0, "head_dim": 64}
+    return {
+        "shape": our_config(),
+        "gemma3": registry.find("gemma3_270m").config,
+        # Narrow and deep, with all that Gemma 2 has.
+        "gemma2": GemmaConfig(
+            **shared,
+            num_layers=10,
+            hidden_dim=384,
+            ffn_dim=1536,
+            num_query_heads=8,
+            num_kv_heads=4,
+            layer_pattern="LG",
+            sliding_window=256,
+            attn_logit_soft_cap=50.0,
+            final_logit_soft_cap=30.0,
+            use_post_norms=True,
+        ),
+        # Wide and flat, with a key head for each query head, as Gemma 7B.
+        "wide": GemmaConfig(
+            **shared,
+            num_layers=4,
+            hidden_dim=768,
+            ffn_dim=6144,
+            num_query_heads=12,
+            num_kv_heads=12,
+        ),
+    }
+
+
+# Model, settings: `seen` are those that the planner's figures were fitted to.
+SEEN = [
+    ("shape", {"batch_size": 2, "sequence_length": 256}),
+    ("shape", {"batch_size": 2, "sequence_length": 512}),
+    ("shape", {"batch_size": 4, "sequence_length": 512, "remat": True}),
+    ("gemma2", {"batch_size": 4, "sequence_length": 256}),
+    ("gemma3", {"batch_size": 2, "sequence_length": 512}),
+]
+UNSEEN = [
+    ("wide", {"batch_size": 4, "sequence_length": 384}),
+    (
+        "gemma2",
+        {"batch_size": 3, "sequence_length": 512, "lora_targets": ["all-linear"]},
+    ),
+    ("gemma3", {"batch_size": 2, "sequence_length": 1024, "remat": True}),
+    ("shape", {"batch_size": 2, "sequence_length": 512, "quantize": "int4"}),
+    ("shape", {"batch_size": 2, "sequence_length": 384, "dtype": "mixed_bfloat16"}),
+    ("wide", {"batch_size": 2, "sequence_length": 256, "full": True}),
+    ("shape", {"batch_size": 2, "sequence_length": 256, "lora_rank": 64}),
+]
+
+
+def write_model(name, config):
+    """A Hugging Face directory of random float32 weights, written once."""
+    from make_checkpoint import random_contents
+
+    from gemma_keras import GemmaTokenizer
+    from gemma_keras.checkpoints import exporting
+
+    path = folder() / f"plan-{name}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer = GemmaTokenizer(assets() / "gemma" / "tokenizer.model")
+        exporting.export(random_contents(config, "float32", tokenizer), path, "hf")
+    return path
+
+
+def run(backend, model, data, settings):
+    """`(predicted, measured)` bytes, or why there is none."""
+    from gemma_keras.sft import RunConfig, planning
+
+    with tempfile.TemporaryDirectory() as out:
+        given = {"preset": str(model), "train": [str(data)], "out": f"{out}/run"}
+        given |= {"max_steps": 3, "epochs": 1, "backend": backend, **settings}
+        config = RunConfig.read(None, given)
+        predicted = planning.plan(config).total
+        flags = [part for pair in given.items() for part in _flag(*pair)]
+        done = subprocess.run(
+            [sys.executable, "-c", COMMAND, "sft", *flags],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "KERAS_BACKEND": backend},
+        )
+        if done.returncode:
+            return {"failed": done.stderr.strip()[-300:]}
+        with open(f"{out}/run/metrics.csv") as file:
+            peaks = [float(row["peak_memory_gb"]) for row in csv.DictReader(file)]
+    return {"predicted": predicted / 1e9, "measured": max(peaks)}
+
+
+def _flag(name, value):
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [flag] if value else []
+    values = value if isinstance(value, list) else [value]
+    return [part for each in values for part in (flag, str(each))]
+
+
+def write_texts(path, words=1100):
+    """Enough texts, of about `words` random words each, for every line."""
+    draw = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    with open(path, "w") as file:
+        for _ in range(16):
+            text = " ".join("".join(draw.choices(letters, k=4)) for _ in range(words))
+            file.write(json.dumps({"prompt": "Say it.", "completion": text}) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
+    parser.add_argument("--only", nargs="+", help="models, by name")
+    parser.add_argument("--json", type=pathlib.Path, help="file for every figure")
+    arguments = parser.parse_args()
+    found = models()
+    results = []
+    with tempfile.TemporaryDirectory() as scratch:
+        data = pathlib.Path(scratch) / "texts.jsonl"
+        write_texts(data)
+        for seen, cells in ((True, SEEN), (False, UNSEEN)):
+            for name, settings in cells:
+                if arguments.only and name not in arguments.only:
+                    continue
+                path = write_model(name, found[name])
+                for backend in arguments.backends:
+                    cell = {"backend": backend, "model": name, "settings": settings}
+                    result = cell | {"seen": seen} | run(backend, path, data, settings)
+                    results.append(result)
+                    print(_line(result), flush=True)
+                    if arguments.json:
+                        arguments.json.write_text(json.dumps(results, indent=1))
+    differences = [abs(_difference(r)) for r in results if "failed" not in r]
+    if differences:
+        print(f"largest difference {max(differences):.1%}, of {len(differences)}")
+
+
+def _difference(result):
+    return result["predicted"] / result["measured"] - 1
+
+
+def _line(result):
+    told = ", ".join(f"{k} {v}" for k, v in result["settings"].items())
+    start = f"{result['backend']:10} {result['model']:7} {told:60}"
+    if "failed" in result:
+        return f"{start} failed: {result['failed']}"
+    seen = "fitted" if result["seen"] else "unseen"
+    return (
+        f"{start} {result['predicted']:6.2f} of {result['measured']:6.2f} GB "
+        f"{_difference(result):+6.1%} {seen}"
+    )
+
+
+if __name__ == "__main__":
+    main()
