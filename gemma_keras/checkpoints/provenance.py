@@ -237,8 +237,19 @@ def _steps(told):
 
 
 def _kept(step):
-    known = isinstance(step, dict)
-    return {key: step[key] for key in _STEP if key in step} if known else {}
+    """What is passed on of a step; nothing of what no export wrote."""
+    if not isinstance(step, dict):
+        return {}
+    kept = {key: step[key] for key in _STEP if key in step}
+    return kept if _levels_within(kept, 4) else {}
+
+
+def _levels_within(value, count):
+    """Whether a value of JSON is nested at most so deep: others cannot be written."""
+    inside = list(value.values()) if isinstance(value, dict) else value
+    return not isinstance(inside, list) or (
+        count > 0 and all(_levels_within(each, count - 1) for each in inside)
+    )
 
 
 def _read(data, where):

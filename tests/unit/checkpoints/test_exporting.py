@@ -302,6 +302,19 @@ def test_a_long_history_goes_along(tmp_path, files, format, name):
     assert found.earlier[-1]["modified"][0].startswith("What was done before that is")
 
 
+def test_a_history_of_absurd_depth_is_left_out(tmp_path, files):
+    config = files.configs["gemma"]
+    source = files.write_hugging_face(tmp_path / "hf", config, files.weights(config))
+    deep = "[" * 800 + "]" * 800
+    (source / "provenance.json").write_text(
+        '{"tool": "gemma_keras 1", "licence": "mit", "earlier": [{"modified": '
+        f'{deep}}}, {{"modified": ["Something."]}}]}}'
+    )
+    found = carry(source, tmp_path / "m", "hf")
+    assert found.licence == "mit"
+    assert [step.get("modified") for step in found.earlier] == [None, ["Something."]]
+
+
 def test_a_provenance_of_absurd_size_is_not_read(tmp_path, files):
     config = files.configs["gemma"]
     files.write_hugging_face(tmp_path / "hf", config, files.weights(config))
