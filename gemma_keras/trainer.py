@@ -259,6 +259,7 @@ class TokenTrainer(keras.Model):
             validation_data = self._prepare_validation(validation_data)
         _check_shares(x)
         backend.make_alike(self.trainable_variables)
+        backend.give_back_memory()
         return super().fit(
             x, y, sample_weight=sample_weight, validation_data=validation_data, **kwargs
         )
