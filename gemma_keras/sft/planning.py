@@ -27,23 +27,34 @@ MOMENTS = {"adamw": 2, "adam": 2, "lion": 1, "muon": 2, "sgd": 0, "adafactor": 0
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a backend takes on a CPU for itself, in bytes, and how it keeps things.
+    """What a backend takes on a CPU for itself, and what its blocks keep.
 
     Attributes:
-        base: the process with Keras and the tokenizer, before a model.
-        compiled: what compiling takes and leaves, for each layer.
-        xla: whether XLA decides what is kept.
+        base: bytes of the process with Keras and the tokenizer, before a model.
+        compiled: bytes that compiling takes and leaves.
+        scores: float32 numbers kept for each attention score.
+        capped: as many more for each that has a soft cap.
+        widths: numbers as wide as the residual that are kept beyond what norms see.
+        copies: whether loading holds a matrix twice, in the file's pages and its own.
+        undoes_remat: whether blocks keep as much with `remat`; TensorFlow's XLA joins
+            what is computed twice.
     """
 
     base: float
     compiled: float
-    xla: bool
+    scores: float
+    capped: float
+    widths: float
+    copies: bool
+    undoes_remat: bool = False
 
 
+# `scores`, `capped` and `compiled` of XLA are measured: it keeps copies of the scores
+# between the passes that no count of its operations foretells.
 PROGRAMS = {
-    "jax": Program(0.45e9, 8e6, True),
-    "torch": Program(0.62e9, 0, False),
-    "tensorflow": Program(0.9e9, 12e6, True),
+    "jax": Program(0.40e9, 0.2e9, 5, 0.5, 2, True),
+    "torch": Program(0.65e9, 0, 1, 2, 0, False),
+    "tensorflow": Program(0.80e9, 0.65e9, 2, 2, 2, True, undoes_remat=True),
 }
 
 
@@ -156,25 +167,25 @@ def predict(model, run, stored, name, device="cpu", packings=None):
         device: `"cpu"`, where the process itself counts too, or `"gpu"`.
     """
     program = PROGRAMS[name]
-    step = _Step(model, run, stored, program.xla, packings or {})
+    step = _Step(model, run, stored, program, packings or {})
     base = program.base if device == "cpu" else 0
-    compiled = program.compiled * model.num_layers if device == "cpu" else 0
     parts = {
-        "program": base + compiled,
+        "program": base + (program.compiled if device == "cpu" else 0),
         "weights": step.weights(),
         "adapter and optimizer": step.trained(),
         "kept by blocks": step.kept(),
         "work of a block or of the loss": max(step.work(), step.loss()),
     }
-    loading = base + step.weights() + step.largest_matrix()
+    loading = base + step.loading()
     return Plan({k: round(v) for k, v in parts.items() if v}, round(loading))
 
 
 class _Step:
     """Counts what one step of a run holds, in bytes."""
 
-    def __init__(self, model, run, stored, xla, packings):
-        self.model, self.run, self.xla = model, run, xla
+    def __init__(self, model, run, stored, program, packings):
+        self.model, self.run, self.program = model, run, program
+        self.recomputes = run.remat and not program.undoes_remat
         self.packings = packings
         if run.quantize:
             self.packings = Quantization(run.quantize).packings(model)
@@ -204,11 +215,14 @@ class _Step:
             total += self.compute * sum(map(math.prod, self._kernels().values()))
         return total
 
-    def largest_matrix(self):
-        """What loading holds beside the weights, where it rounds them."""
-        if not self.run.quantize:
-            return 0
-        return self.held * max(map(math.prod, layer_shapes(self.model).values()))
+    def loading(self):
+        """The most that loading holds; the embedding is read first."""
+        matrix = self.held * math.prod(layer_shapes(self.model)[EMBEDDING])
+        if self.run.quantize:
+            return self.weights() + matrix
+        if not self.program.copies:
+            return self.weights()
+        return max(self.weights(), 2 * matrix)
 
     def _kernels(self):
         shapes = layer_shapes(self.model)
@@ -230,7 +244,7 @@ class _Step:
         """What all blocks keep for the backward pass, and the embeddings."""
         width = self.model.hidden_dim
         residual = self.compute * width
-        layer = residual if self.run.remat else self._of_block()
+        layer = residual if self.recomputes else self._of_block()
         return self.tokens * (self.model.num_layers * layer + 2 * residual)
 
     def _of_block(self):
@@ -239,20 +253,17 @@ class _Step:
         queries = model.num_query_heads * model.head_dim
         keys = model.num_kv_heads * model.head_dim
         width, ffn, scores = model.hidden_dim, model.ffn_dim, self.scores
-        kept = c * (queries + 2 * keys)  # what scores and values are made of
-        kept += 4 * scores + (c * scores if c != 4 else 0)  # softmax, as cast
+        program = self.program
+        kept = c * (queries + 2 * keys + 2 * ffn + program.widths * width)
+        kept += 4 * program.scores * scores + (c * scores if c != 4 else 0)
         kept += 2 * 4 * width  # what norms saw
         if model.use_post_norms:
             kept += 2 * 4 * width
         if model.use_qk_norm:
             kept += 4 * (queries + keys)
         if model.attn_logit_soft_cap is not None:
-            kept += 4 * scores
-        if self.xla:
-            kept += 3 * c * ffn + 2 * c * width + 4 * scores
-        else:
-            kept += 2 * c * ffn + self._of_inputs(queries)
-        return kept
+            kept += 4 * program.capped * scores
+        return kept + self._of_inputs(queries)
 
     def _of_inputs(self, queries):
         """What the inputs of adapted, or of all, projections take for each token."""
@@ -276,7 +287,7 @@ class _Step:
         attention = 3 * 4 * self.scores
         ffn = 4 * self.compute * model.ffn_dim
         work = max(attention, ffn)
-        if self.run.remat:
+        if self.recomputes:
             work += self._of_block()
         return self.tokens * work
 
@@ -285,4 +296,5 @@ class _Step:
         vocabulary = self.model.vocab_size
         rows = min(chunk_rows(vocabulary), self.tokens)
         chunk = 4 * rows * vocabulary
-        return 3 * chunk + 4 * 4 * self.tokens * self.model.hidden_dim
+        capped = self.model.final_logit_soft_cap is not None
+        return (3 + capped) * chunk + 4 * 4 * self.tokens * self.model.hidden_dim

@@ -1,5 +1,9 @@
 """Arrays of a checkpoint as tensors: values, dtype, order, and who owns the memory."""
 
+import platform
+import subprocess
+import sys
+
 import keras
 import ml_dtypes
 import numpy as np
@@ -69,6 +73,40 @@ def test_products_in_programs_are_products(shape, outputs, transposed):
     expected = x.astype("float64") @ kernel.astype("float64")
     assert product.shape == expected.shape
     np.testing.assert_allclose(product, expected, rtol=0, atol=1e-5)
+
+
+GROWING = """
+import pathlib, re
+import torch
+from gemma_keras import backend
+
+def megabytes():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"VmRSS:\\s+(\\d+)", status)[1]) / 1024
+
+backend.give_back_memory()
+torch.ones(2**22)  # glibc learns from what is freed, unless it is told
+before = megabytes()
+tensors = [torch.ones(2**21) for _ in range(40)]
+kept = tensors[-1]
+print(megabytes() - before)
+del tensors
+print(megabytes() - before)
+"""
+
+
+@pytest.mark.skipif(
+    backend.NAME != "torch" or platform.libc_ver()[0] != "glibc",
+    reason="torch alone leaves memory to glibc",
+)
+def test_freed_tensors_leave_the_process():
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", GROWING], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    most, least = map(float, done.stdout.split())
+    assert most > 300  # 40 tensors of 8 MiB
+    assert least < 50
 
 
 @pytest.mark.skipif(backend.NAME != "jax", reason="a remat of JAX' own")

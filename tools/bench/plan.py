@@ -105,15 +105,15 @@ def write_model(name, config):
     return path
 
 
-def run(backend, model, data, settings):
-    """`(predicted, measured)` bytes, or why there is none."""
+def measure(backend, path, config, data, settings):
+    """GB that were predicted and measured, or why there are none."""
     from gemma_keras.sft import RunConfig, planning
 
     with tempfile.TemporaryDirectory() as out:
-        given = {"preset": str(model), "train": [str(data)], "out": f"{out}/run"}
+        given = {"preset": str(path), "train": [str(data)], "out": f"{out}/run"}
         given |= {"max_steps": 3, "epochs": 1, "backend": backend, **settings}
-        config = RunConfig.read(None, given)
-        predicted = planning.plan(config).total
+        run = RunConfig.read(None, given).resolved(config.max_position)
+        predicted = planning.predict(config, run, "float32", backend).total
         flags = [part for pair in given.items() for part in _flag(*pair)]
         done = subprocess.run(
             [sys.executable, "-c", COMMAND, "sft", *flags],
@@ -150,6 +150,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
     parser.add_argument("--only", nargs="+", help="models, by name")
+    parser.add_argument("--unseen", action="store_true", help="not the fitted ones")
     parser.add_argument("--json", type=pathlib.Path, help="file for every figure")
     arguments = parser.parse_args()
     found = models()
@@ -161,10 +162,16 @@ def main():
             for name, settings in cells:
                 if arguments.only and name not in arguments.only:
                     continue
+                if arguments.unseen and seen:
+                    continue
                 path = write_model(name, found[name])
                 for backend in arguments.backends:
                     cell = {"backend": backend, "model": name, "settings": settings}
-                    result = cell | {"seen": seen} | run(backend, path, data, settings)
+                    result = (
+                        cell
+                        | {"seen": seen}
+                        | measure(backend, path, found[name], data, settings)
+                    )
                     results.append(result)
                     print(_line(result), flush=True)
                     if arguments.json:
