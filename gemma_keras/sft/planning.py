@@ -36,8 +36,9 @@ class Program:
         capped: as many more for each that has a soft cap.
         widths: numbers as wide as the residual that are kept beyond what norms see.
         copies: whether loading holds a matrix twice, in the file's pages and its own.
-        undoes_remat: whether blocks keep as much with `remat`; TensorFlow's XLA joins
-            what is computed twice.
+        snapshots: whether a checkpoint is copied before it is written.
+        heads: how often the loss holds the gradient of a head that is trained.
+        undoes_remat: whether blocks keep as much with `remat`, as TensorFlow's do.
     """
 
     base: float
@@ -46,15 +47,17 @@ class Program:
     capped: float
     widths: float
     copies: bool
+    snapshots: bool
+    heads: int
     undoes_remat: bool = False
 
 
 # `scores`, `capped` and `compiled` of XLA are measured: it keeps copies of the scores
 # between the passes that no count of its operations foretells.
 PROGRAMS = {
-    "jax": Program(0.40e9, 0.2e9, 5, 0.5, 2, True),
-    "torch": Program(0.65e9, 0, 1, 2, 0, False),
-    "tensorflow": Program(0.80e9, 0.65e9, 2, 2, 2, True, undoes_remat=True),
+    "jax": Program(0.40e9, 0.2e9, 5, 0.5, 2, True, False, 2),
+    "torch": Program(0.65e9, 0, 1, 2, 0, False, True, 1),
+    "tensorflow": Program(0.80e9, 0.65e9, 2, 2, 2, True, True, 2, True),
 }
 
 
@@ -173,6 +176,7 @@ def predict(model, run, stored, name, device="cpu", packings=None):
         "program": base + (program.compiled if device == "cpu" else 0),
         "weights": step.weights(),
         "adapter and optimizer": step.trained(),
+        "copy for a checkpoint": step.snapshot(),
         "kept by blocks": step.kept(),
         "work of a block or of the loss": max(step.work(), step.loss()),
     }
@@ -197,7 +201,9 @@ class _Step:
         self.scores = model.num_query_heads * run.sequence_length
         self.lora = None
         if not run.full:
-            self.lora = LoraConfig(rank=run.lora_rank, targets=run.lora_targets or None)
+            self.lora = LoraConfig(
+                rank=run.lora_rank, targets=run.lora_targets or None, dora=run.dora
+            )
 
     def weights(self):
         model = self.model
@@ -233,12 +239,16 @@ class _Step:
         copies = 1 + MOMENTS[self.run.optimizer] + (self.run.accumulation > 1)
         if self.lora is None:
             return copies * self.held * self.model.num_parameters
-        dora = self.run.dora * sum(
-            shape[1]
-            for path, shape in self._kernels().items()
-            if self.lora.adapts(path)
-        )
-        return (1 + copies) * 4 * (self.lora.num_parameters(self.model) + dora)
+        return (1 + copies) * 4 * self.lora.num_parameters(self.model)
+
+    def snapshot(self):
+        """What is trained and its moments, once more."""
+        if not self.program.snapshots:
+            return 0
+        count, width = self.model.num_parameters, self.held
+        if self.lora is not None:
+            count, width = self.lora.num_parameters(self.model), 4
+        return (1 + MOMENTS[self.run.optimizer]) * width * count
 
     def kept(self):
         """What all blocks keep for the backward pass, and the embeddings."""
@@ -297,4 +307,6 @@ class _Step:
         rows = min(chunk_rows(vocabulary), self.tokens)
         chunk = 4 * rows * vocabulary
         capped = self.model.final_logit_soft_cap is not None
-        return (3 + capped) * chunk + 4 * 4 * self.tokens * self.model.hidden_dim
+        width = self.model.hidden_dim
+        head = 0 if self.lora is not None else self.program.heads * vocabulary * width
+        return (3 + capped) * chunk + 4 * (4 * self.tokens * width + head)

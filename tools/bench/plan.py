@@ -74,11 +74,12 @@ SEEN = [
     ("few", {"batch_size": 4, "sequence_length": 512, "remat": True}),
     ("gemma2", {"batch_size": 1, "sequence_length": 32}),
     ("gemma2", {"batch_size": 4, "sequence_length": 256}),
+    ("gemma2", {"batch_size": 4, "sequence_length": 256, "remat": True}),
+    ("wide", {"batch_size": 2, "sequence_length": 128, "full": True}),
 ]
 UNSEEN = [
     ("gemma3", {"batch_size": 2, "sequence_length": 768}),
     ("wide", {"batch_size": 4, "sequence_length": 384}),
-    ("wide", {"batch_size": 2, "sequence_length": 128, "full": True}),
     (
         "gemma2",
         {"batch_size": 3, "sequence_length": 384, "lora_targets": ["all-linear"]},
