@@ -38,7 +38,7 @@ class Program:
         copies: whether loading holds a matrix twice, in the file's pages and its own.
         snapshots: whether a checkpoint is copied before it is written.
         heads: how often the loss holds the gradient of a head that is trained.
-        undoes_remat: whether blocks keep as much with `remat`, as TensorFlow's do.
+        despite_remat: share of what blocks keep that they keep with `remat` too.
     """
 
     base: float
@@ -49,7 +49,7 @@ class Program:
     copies: bool
     snapshots: bool
     heads: int
-    undoes_remat: bool = False
+    despite_remat: float = 0.0
 
 
 # `scores`, `capped` and `compiled` of XLA are measured: it keeps copies of the scores
@@ -57,7 +57,7 @@ class Program:
 PROGRAMS = {
     "jax": Program(0.40e9, 0.2e9, 5, 0.5, 2, True, False, 2),
     "torch": Program(0.65e9, 0, 1, 2, 0, False, True, 1),
-    "tensorflow": Program(0.80e9, 0.65e9, 2, 2, 2, True, True, 2, True),
+    "tensorflow": Program(0.80e9, 0.65e9, 2, 2, 2, True, True, 2, 0.55),
 }
 
 
@@ -189,7 +189,6 @@ class _Step:
 
     def __init__(self, model, run, stored, program, packings):
         self.model, self.run, self.program = model, run, program
-        self.recomputes = run.remat and not program.undoes_remat
         self.packings = packings
         if run.quantize:
             self.packings = Quantization(run.quantize).packings(model)
@@ -254,7 +253,9 @@ class _Step:
         """What all blocks keep for the backward pass, and the embeddings."""
         width = self.model.hidden_dim
         residual = self.compute * width
-        layer = residual if self.recomputes else self._of_block()
+        layer = self._of_block()
+        if self.run.remat:
+            layer = max(residual, self.program.despite_remat * layer)
         return self.tokens * (self.model.num_layers * layer + 2 * residual)
 
     def _of_block(self):
@@ -297,7 +298,7 @@ class _Step:
         attention = 3 * 4 * self.scores
         ffn = 4 * self.compute * model.ffn_dim
         work = max(attention, ffn)
-        if self.recomputes:
+        if self.run.remat:
             work += self._of_block()
         return self.tokens * work
 

@@ -71,7 +71,10 @@ def test_blocks_keep_more_of_more_tokens_and_less_with_remat(name):
     assert two == 2 * one
     again = parts(name=name, batch_size=8, remat=True)["kept by blocks"]
     kept = 8 * 64 * 4 * MODEL.hidden_dim * (MODEL.num_layers + 2)
-    assert again == (two if name == "tensorflow" else kept)
+    if name == "tensorflow":  # whose XLA joins some of what is computed twice
+        assert kept < again < two
+    else:
+        assert again == kept
 
 
 def test_an_accelerator_holds_no_program():
@@ -117,7 +120,7 @@ def test_a_proposal_is_what_a_run_with_it_takes():
 def test_seven_billion_in_four_bits_fit_into_12_gb():
     settings = {"quantize": "int4", "batch_size": 1, "sequence_length": 1024}
     model = registry.find("gemma_7b_en").config
-    for name in ("jax", "torch"):  # not on TensorFlow, where remat saves little
+    for name in ("jax", "torch"):  # where remat keeps nothing else
         config = run(**settings, remat=True)
         assert planning.predict(model, config, "bfloat16", name).total < 12e9
 

@@ -76,6 +76,7 @@ SEEN = [
     ("gemma2", {"batch_size": 4, "sequence_length": 256}),
     ("gemma2", {"batch_size": 4, "sequence_length": 256, "remat": True}),
     ("wide", {"batch_size": 2, "sequence_length": 128, "full": True}),
+    ("few", {"batch_size": 2, "sequence_length": 1024, "remat": True}),
 ]
 UNSEEN = [
     ("gemma3", {"batch_size": 2, "sequence_length": 768}),
@@ -84,7 +85,6 @@ UNSEEN = [
         "gemma2",
         {"batch_size": 3, "sequence_length": 384, "lora_targets": ["all-linear"]},
     ),
-    ("few", {"batch_size": 2, "sequence_length": 1024, "remat": True}),
     ("few", {"batch_size": 4, "sequence_length": 256, "quantize": "int4"}),
     ("few", {"batch_size": 4, "sequence_length": 384, "dtype": "bfloat16"}),
     ("shape", {"batch_size": 2, "sequence_length": 512, "lora_rank": 64}),
