@@ -78,10 +78,6 @@ if NAME == "jax":
         return jnp.isfinite(jnp.max(jnp.abs(tensor)))
 
 
-# Number of the setting in glibc's malloc.h: from which size on memory is mapped.
-_M_MMAP_THRESHOLD = -3
-
-
 def matmul(x, kernel, transposed=False):
     """`x` [..., D] times `kernel` [D, F], or [F, D] if `transposed`.
 
@@ -805,6 +801,10 @@ def peak_memory():
     elif tf.config.list_logical_devices("GPU"):
         return tf.config.experimental.get_memory_info("GPU:0")["peak"]
     return _peak_of_process()
+
+
+# Number of the setting in glibc's malloc.h: from which size on memory is mapped.
+_M_MMAP_THRESHOLD = -3
 
 
 def give_back_memory():

@@ -19,13 +19,13 @@ from gemma_keras.loading import open_source
 from gemma_keras.lora_config import EMBEDDING, LoraConfig, layer_shapes
 from gemma_keras.loss import chunk_rows
 from gemma_keras.quantization import MODES, Quantization
+from gemma_keras.registry import DTYPE_BYTES
 
-WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Numbers that an optimizer keeps for each trained one; Adafactor next to none.
 MOMENTS = {"adamw": 2, "adam": 2, "lion": 1, "muon": 2, "sgd": 0, "adafactor": 0}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
     """What a backend takes on a CPU for itself, and what its blocks keep.
 
@@ -55,9 +55,37 @@ class Program:
 # `scores`, `capped` and `compiled` of XLA are measured: it keeps copies of the scores
 # between the passes that no count of its operations foretells.
 PROGRAMS = {
-    "jax": Program(0.40e9, 0.2e9, 5, 0.5, 2, True, False, 2),
-    "torch": Program(0.65e9, 0, 1, 2, 0, False, True, 1),
-    "tensorflow": Program(0.80e9, 0.65e9, 2, 2, 2, True, True, 2, 0.55),
+    "jax": Program(
+        base=0.40e9,
+        compiled=0.2e9,
+        scores=5,
+        capped=0.5,
+        widths=2,
+        copies=True,
+        snapshots=False,
+        heads=2,
+    ),
+    "torch": Program(
+        base=0.65e9,
+        compiled=0,
+        scores=1,
+        capped=2,
+        widths=0,
+        copies=False,
+        snapshots=True,
+        heads=1,
+    ),
+    "tensorflow": Program(
+        base=0.80e9,
+        compiled=0.65e9,
+        scores=2,
+        capped=2,
+        widths=2,
+        copies=True,
+        snapshots=True,
+        heads=2,
+        despite_remat=0.55,
+    ),
 }
 
 
@@ -98,7 +126,7 @@ def plan(config, memory=None):
         ValueError: as `RunConfig.resolved`.
         CheckpointError: `config.preset` cannot be read.
     """
-    model, stored, packed = _facts(config.preset)
+    model, stored, packings = _facts(config.preset)
     config = config.resolved(model.max_position)
     there = backend.device_memory()
     device = "cpu" if there is None else "gpu"
@@ -106,11 +134,14 @@ def plan(config, memory=None):
 
     def of(changes):
         run = dataclasses.replace(config, **changes)
-        return predict(model, run, stored, backend.NAME, device, packed)
+        return predict(model, run, stored, backend.NAME, device, packings)
 
     found = of({})
-    candidates = _larger if found.total <= memory else _smaller
-    proposals = [(changes, of(changes)) for changes in candidates(config, bool(packed))]
+    if found.total <= memory:
+        candidates = _larger(config)
+    else:
+        candidates = _smaller(config, frozen=bool(packings))
+    proposals = [(changes, of(changes)) for changes in candidates]
     return found, memory, [pair for pair in proposals if pair[1].total <= memory][:3]
 
 
@@ -123,20 +154,23 @@ def _facts(source):
         return checkpoint.config, checkpoint.dtype, checkpoint.packings
 
 
-def _larger(config, packed):
+def _larger(config):
     """Changes that make batches larger."""
-    return [{"batch_size": config.batch_size * 2**i} for i in range(1, 8)][::-1]
+    return [{"batch_size": config.batch_size * 2**i} for i in range(7, 0, -1)]
 
 
-def _smaller(config, packed):
-    """Changes that take less: what learns the same first, shorter rows last."""
+def _smaller(config, frozen):
+    """Changes that take less: what learns the same first, shorter rows last.
+
+    The bits of `frozen` weights stay as they are.
+    """
     rows, steps = config.batch_size, config.accumulation
     batches = [{"batch_size": rows, "accumulation": steps}]
     while rows % 2 == 0:
         rows, steps = rows // 2, steps * 2
         batches.append({"batch_size": rows, "accumulation": steps})
     modes = [config.quantize]
-    if not (config.full or packed or config.quantize):
+    if not (config.full or frozen or config.quantize):
         modes += MODES
     length = config.sequence_length
     wanted = [
@@ -194,7 +228,7 @@ class _Step:
             self.packings = Quantization(run.quantize).packings(model)
         holds = stored if run.dtype == "auto" else run.dtype
         self.mixed = holds.startswith("mixed_")
-        self.compute = WIDTHS[holds.removeprefix("mixed_")]
+        self.compute = DTYPE_BYTES[holds.removeprefix("mixed_")]
         self.held = 4 if self.mixed else self.compute
         self.tokens = run.batch_size * run.sequence_length
         self.scores = model.num_query_heads * run.sequence_length
@@ -205,9 +239,9 @@ class _Step:
             )
 
     def weights(self):
-        model = self.model
+        """The weights as they are held, and as they are computed with."""
         total = 0
-        for path, shape in model.weight_shapes().items():
+        for path, shape in self.model.weight_shapes().items():
             packing = self.packings.get(path.rpartition("/")[0])
             if packing is None:
                 total += self.held * math.prod(shape)
@@ -233,21 +267,22 @@ class _Step:
         shapes = layer_shapes(self.model)
         return {path: shape for path, shape in shapes.items() if path != EMBEDDING}
 
+    def _learned(self):
+        """One copy of what is trained."""
+        if self.lora is None:
+            return self.held * self.model.num_parameters
+        return DTYPE_BYTES["float32"] * self.lora.num_parameters(self.model)
+
     def trained(self):
         """Trained weights beyond `weights`, gradients, moments, accumulators."""
+        beyond = self.lora is not None
         copies = 1 + MOMENTS[self.run.optimizer] + (self.run.accumulation > 1)
-        if self.lora is None:
-            return copies * self.held * self.model.num_parameters
-        return (1 + copies) * 4 * self.lora.num_parameters(self.model)
+        return (beyond + copies) * self._learned()
 
     def snapshot(self):
         """What is trained and its moments, once more."""
-        if not self.program.snapshots:
-            return 0
-        count, width = self.model.num_parameters, self.held
-        if self.lora is not None:
-            count, width = self.lora.num_parameters(self.model), 4
-        return (1 + MOMENTS[self.run.optimizer]) * width * count
+        copies = self.program.snapshots * (1 + MOMENTS[self.run.optimizer])
+        return copies * self._learned()
 
     def kept(self):
         """What all blocks keep for the backward pass, and the embeddings."""

@@ -69,10 +69,13 @@ def write(model, stored):
         with open_checkpoint(source, dtype=decoded) as checkpoint:
             contents = exporting.checkpoint_contents(checkpoint, source)
             return exporting.export(contents, path, to, dtype=dtype)
-    return exporting.export(_random(model, dtype), path, to, dtype=dtype)
+    return exporting.export(
+        random_model(config_of(model), dtype), path, to, dtype=dtype
+    )
 
 
-def _random(model, dtype):
+def random_model(config, dtype):
+    """Random weights of a `GemmaConfig`, with the genuine tokenizer of Gemma 1."""
     from make_checkpoint import random_contents
 
     from gemma_keras import GemmaTokenizer
@@ -81,7 +84,7 @@ def _random(model, dtype):
     if not file.exists():
         raise SystemExit(f"{file} is missing: run tools/fetch_assets.py first.")
     drawn = "bfloat16" if dtype == "bfloat16" else "float32"
-    return random_contents(config_of(model), drawn, GemmaTokenizer(file))
+    return random_contents(config, drawn, GemmaTokenizer(file))
 
 
 def main():

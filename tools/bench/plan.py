@@ -13,6 +13,7 @@ planner's figures were fitted to, and which it had never seen, the table says.
 import argparse
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 
-from models import assets, folder
+from models import folder, random_model
 
 BACKENDS = ("jax", "torch", "tensorflow")
 COMMAND = "import sys; sys.argv[0] = 'gemma-keras'; import gemma_keras.cli as c; "
@@ -93,16 +94,12 @@ UNSEEN = [
 
 def write_model(name, config):
     """A Hugging Face directory of random float32 weights, written once."""
-    from make_checkpoint import random_contents
-
-    from gemma_keras import GemmaTokenizer
     from gemma_keras.checkpoints import exporting
 
     path = folder() / f"plan-{name}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer = GemmaTokenizer(assets() / "gemma" / "tokenizer.model")
-        exporting.export(random_contents(config, "float32", tokenizer), path, "hf")
+        exporting.export(random_model(config, "float32"), path, "hf")
     return path
 
 
@@ -155,28 +152,25 @@ def main():
     parser.add_argument("--json", type=pathlib.Path, help="file for every figure")
     arguments = parser.parse_args()
     found = models()
+    cells = [] if arguments.unseen else [(True, *cell) for cell in SEEN]
+    cells += [(False, *cell) for cell in UNSEEN]
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         data = pathlib.Path(scratch) / "texts.jsonl"
         write_texts(data)
-        for seen, cells in ((True, SEEN), (False, UNSEEN)):
-            for name, settings in cells:
-                if arguments.only and name not in arguments.only:
-                    continue
-                if arguments.unseen and seen:
-                    continue
-                path = write_model(name, found[name])
-                for backend in arguments.backends:
-                    cell = {"backend": backend, "model": name, "settings": settings}
-                    result = (
-                        cell
-                        | {"seen": seen}
-                        | measure(backend, path, found[name], data, settings)
-                    )
-                    results.append(result)
-                    print(_line(result), flush=True)
-                    if arguments.json:
-                        arguments.json.write_text(json.dumps(results, indent=1))
+        for (seen, name, settings), backend in itertools.product(
+            cells, arguments.backends
+        ):
+            if name not in (arguments.only or found):
+                continue
+            path = write_model(name, found[name])
+            result = {"backend": backend, "model": name, "settings": settings}
+            result |= {"seen": seen}
+            result |= measure(backend, path, found[name], data, settings)
+            results.append(result)
+            print(_line(result), flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=1))
     differences = [abs(_difference(r)) for r in results if "failed" not in r]
     if differences:
         print(f"largest difference {max(differences):.1%}, of {len(differences)}")
