@@ -176,6 +176,7 @@ def _smaller(config, frozen):
     wanted = [
         {**batch, "remat": remat, "quantize": mode, "sequence_length": length // part}
         for part in (1, 2, 4)
+        if length // part >= 2  # the fewest that a row may have
         for mode in modes
         for batch in batches
         for remat in sorted({config.remat, True})

@@ -110,6 +110,8 @@ def test_what_does_not_fit_shrinks_by_what_learns_the_same_first():
     _, _, proposals = plan(6e9)
     assert proposals[0][0]["quantize"] == "int8"
     assert plan(0.5e9)[2] == []
+    # Rows so short that a quarter of one would be none.
+    assert plan(0.5e9, sequence_length=4)[2] == []
 
 
 def test_a_proposal_is_what_a_run_with_it_takes():
