@@ -287,43 +287,54 @@ def may_be_differentiated():
     return not _in_program.get() and (NAME != "torch" or torch.is_grad_enabled())
 
 
-def with_slopes(function, *inputs):
-    """The value of an elementwise function, differentiated by the slopes it gives.
+def with_gradient(function, gradient, *inputs):
+    """The value of a function of tensors, differentiated by another one.
 
     Args:
-        function: takes `inputs` and returns its value and a slope for each input.
-        *inputs: tensors of one shape.
-
-    Nothing but the slopes is kept for the backward pass.
+        function: takes `inputs`; returns its value and a tuple of tensors to keep.
+        gradient: takes the value's slopes and what was kept; returns those of each
+            input.
+        *inputs: tensors.
     """
     if NAME == "torch":
-        return _WithSlopes.apply(function, *inputs)
+        return _WithGradient.apply(function, gradient, *inputs)
 
     @ops.custom_gradient
     def run(*inputs):
-        value, slopes = function(*inputs)
+        value, kept = function(*inputs)
 
-        def gradient(*args, upstream=None):
-            upstream = args[0] if upstream is None else upstream
-            return tuple(upstream * slope for slope in slopes)
+        def backward(*args, upstream=None):
+            return tuple(gradient(args[0] if upstream is None else upstream, *kept))
 
-        return value, gradient
+        return value, backward
 
     return run(*inputs)
 
 
 if NAME == "torch":
 
-    class _WithSlopes(torch.autograd.Function):
+    class _WithGradient(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, function, *inputs):
-            value, slopes = function(*inputs)
-            ctx.save_for_backward(*slopes)
+        def forward(ctx, function, gradient, *inputs):
+            value, kept = function(*inputs)
+            ctx.gradient = gradient
+            ctx.save_for_backward(*kept)
             return value
 
         @staticmethod
         def backward(ctx, upstream):
-            return None, *(upstream * slope for slope in ctx.saved_tensors)
+            return None, None, *ctx.gradient(upstream, *ctx.saved_tensors)
+
+
+HAS_GELU_GRADIENT = NAME == "torch"
+
+
+def gelu_gradient(upstream, x):
+    """Slopes of `x`, given those of GELU(x) in its tanh form, where they are built in.
+
+    That is, on torch: `HAS_GELU_GRADIENT`.
+    """
+    return torch.ops.aten.gelu_backward(upstream, x, approximate="tanh")
 
 
 def linear(forward, backward, x):

@@ -20,13 +20,29 @@ def geglu(gate, up):
     """
     if not backend.may_be_differentiated():
         return ops.gelu(gate, approximate=True) * up
-    return backend.with_slopes(_value_and_slopes, gate, up)
+    if backend.HAS_GELU_GRADIENT:
+        return backend.with_gradient(_value_and_inputs, _from_inputs, gate, up)
+    return backend.with_gradient(_value_and_slopes, _from_slopes, gate, up)
+
+
+def _value_and_inputs(gate, up):
+    return ops.gelu(gate, approximate=True) * up, (gate, up)
+
+
+def _from_inputs(upstream, gate, up):
+    active = ops.gelu(gate, approximate=True)
+    return backend.gelu_gradient(upstream * up, gate), upstream * active
 
 
 def _value_and_slopes(gate, up):
+    # XLA keeps what it finds computed twice, and would keep GELU(gate) as well.
     active = ops.gelu(gate, approximate=True)
     slope = ops.cast(_gelu_slope(ops.cast(gate, "float32")), gate.dtype)
     return active * up, (slope * up, active)
+
+
+def _from_slopes(upstream, *slopes):
+    return [upstream * slope for slope in slopes]
 
 
 def _gelu_slope(x):
