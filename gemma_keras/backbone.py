@@ -359,22 +359,16 @@ class GemmaBackbone(Adaptable, Quantizable, keras.Model):
         return ops.cast(x, "float32") if self.compute_dtype == "float16" else x
 
     def logits(self, hidden, table=None):
-        """Logits [..., V], capped; `table` may stand in for the embeddings."""
+        """Logits [..., V], capped; of the rows `table` [T, D] alone, if given."""
         packed = self.token_embedding.packed
-        if packed is None:
-            table = self.token_embedding.embeddings if table is None else table
+        if table is not None:
             logits = backend.matmul(hidden, table, True)
+        elif packed is None:
+            logits = backend.matmul(hidden, self.token_embedding.embeddings, True)
         else:
             logits = packed.to_rows(hidden)
         cap = self.config.final_logit_soft_cap
         return logits if cap is None else soft_cap(ops.cast(logits, "float32"), cap)
-
-    def head_transpose(self, slopes, table=None):
-        """Gradients [C, D] of rows, given those of their uncapped logits [C, V]."""
-        if self.token_embedding.packed is not None:
-            return self.token_embedding.packed.to_columns(slopes)
-        table = self.token_embedding.embeddings if table is None else table
-        return backend.matmul(slopes, table)
 
     def _rotary_tables(self, positions):
         config = self.config

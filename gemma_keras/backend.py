@@ -599,33 +599,41 @@ def first_batch(strategy, batches):
     return keras.tree.map_structure(first, next(batches))
 
 
-def softmax_cross_entropy(logits, labels):
-    """Loss of each row, whether it is right, and the gradient of its loss.
+def softmax_of_tile(logits, columns, labels, top):
+    """What rows of a softmax take from some of their logits.
 
     Args:
-        logits: float32 [C, V].
-        labels: int32 [C].
+        logits: float32 [C, T]; torch changes them.
+        columns: int32 [T], what each of them is the logit of. They follow each other;
+            -1 is none.
+        labels: int32 [C, 1].
+        top: float32 [C, 1], the largest logit of each row so far.
 
     Returns:
-        Losses [C]; 1.0 where the label is the likeliest, else 0.0, [C]; and softmax
-        minus one hot, [C, V]. All float32.
+        The largest logit now; the column of these whose logit is the largest; the sum
+        of exp(logit - top); and the label's logit, 0 where it is not among these: each
+        [C, 1]. And exp(logit - top) [C, T], 0 for the label.
     """
-    right = ops.cast(ops.argmax(logits, axis=-1), "int32") == labels
-    chosen = ops.take_along_axis(logits, labels[:, None], axis=-1)
-    top = ops.max(logits, axis=-1, keepdims=True)
     if NAME == "torch":
-        # In place: a temporary here is as large as everything else together.
-        slope = torch.sub(logits, top).exp_()
-        total = slope.sum(-1, keepdim=True)
-        slope.div_(total)
-        slope.scatter_add_(1, labels[:, None].long(), -torch.ones_like(chosen))
-    else:
-        powers = ops.exp(logits - top)
-        total = ops.sum(powers, axis=-1, keepdims=True)
-        columns = ops.arange(logits.shape[-1], dtype="int32")
-        slope = powers / total - ops.cast(columns == labels[:, None], "float32")
-    losses = (ops.log(total) + top - chosen)[:, 0]
-    return losses, ops.cast(right, "float32"), slope
+        # In place, and the label by its place: a pass over all costs as much as a
+        # tenth of the product.
+        highest, at = logits.max(-1, keepdim=True)
+        place = (labels - columns[-1] + len(columns) - 1).long()
+        inside = place.clamp(0, len(columns) - 1)
+        there = columns[inside] == labels
+        chosen = torch.where(there, logits.gather(1, inside), 0.0)
+        top = torch.maximum(top, highest)
+        powers = logits.sub_(top).exp_()
+        total = powers.sum(-1, keepdim=True)
+        rest = torch.where(there, 0.0, powers.gather(1, inside))
+        return top, columns[at], total, chosen, powers.scatter_(1, inside, rest)
+    best = ops.take(columns, ops.argmax(logits, axis=-1, keepdims=True))
+    top = ops.maximum(top, ops.max(logits, axis=-1, keepdims=True))
+    powers = ops.exp(logits - top)
+    total = ops.sum(powers, axis=-1, keepdims=True)
+    there = columns == labels
+    chosen = ops.sum(ops.where(there, logits, 0.0), axis=-1, keepdims=True)
+    return top, best, total, chosen, ops.where(there, 0.0, powers)
 
 
 _in_program = contextvars.ContextVar("in_program", default=False)

@@ -55,6 +55,16 @@ def layout_map(
     return layouts
 
 
+def parts_of_rows(variable):
+    """Among how many devices the rows of a Keras variable are divided."""
+    distribution = keras.distribution.distribution()
+    layout = distribution and distribution.get_variable_layout(variable)
+    if not layout or not layout.axes or layout.axes[0] is None:
+        return 1
+    mesh = layout.device_mesh or distribution.device_mesh
+    return mesh.shape[mesh.axis_names.index(layout.axes[0])]
+
+
 def initialize():
     """Joins the processes that train together; call it before anything else.
 

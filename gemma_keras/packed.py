@@ -66,23 +66,28 @@ class PackedMatrix:
             )
         layer._tracker.lock()
 
-    def _parts(self):
+    @property
+    def codes(self):
+        """The variable of the codes."""
+        return next(iter(self.variables.values()))
+
+    def stored(self):
         """The tensors, codes first."""
         return tuple(ops.convert_to_tensor(v) for v in self.variables.values())
 
     def whole(self):
         """The matrix, float32 [rows, columns]."""
-        return self._restore(self._parts(), "float32")
+        return self.restored(self.stored(), "float32")
 
     def rows(self, indices, dtype):
         """Rows [..., columns] of integers [...]."""
-        parts = [ops.take(part, indices, axis=0) for part in self._parts()]
+        parts = [ops.take(part, indices, axis=0) for part in self.stored()]
         flat = [ops.reshape(part, (-1, part.shape[-1])) for part in parts]
-        found = self._restore(flat, dtype)
+        found = self.restored(flat, dtype)
         return ops.reshape(found, (*ops.shape(indices), self.shape[1]))
 
-    def _restore(self, parts, dtype):
-        """Numbers [r, columns] of the parts' rows; rounded to `dtype` at the end."""
+    def restored(self, parts, dtype):
+        """Numbers [r, columns] of rows of what is stored, rounded to `dtype` last."""
         codes, scales = parts[0], ops.cast(parts[1], "float32")
         if self.packing.bits == 8:
             return ops.cast(ops.cast(codes, "float32") * scales, dtype)
@@ -104,7 +109,7 @@ class PackedMatrix:
     def _product(self, x, transposed):
         shape = ops.shape(x)
         flat = ops.reshape(x, (-1, x.shape[-1]))
-        parts = self._parts()
+        parts = self.stored()
 
         def forward(x):
             return self._multiply(x, parts, transposed)
@@ -129,7 +134,7 @@ class PackedMatrix:
         # XLA would restore what does not depend on `x` at the beginning of a program,
         # all matrices at once, and keep it for the backward pass.
         parts = (backend.not_before(parts[0], x), *parts[1:])
-        return backend.matmul(x, self._restore(parts, x.dtype), transposed)
+        return backend.matmul(x, self.restored(parts, x.dtype), transposed)
 
     def _multiply_in_runs(self, x, parts, transposed, step):
         """As `_multiply`, `step` rows of the matrix at a time."""
@@ -139,7 +144,7 @@ class PackedMatrix:
         def turn(state):
             start, made = state
             run = [ops.slice(p, (start, 0), (step, p.shape[1])) for p in parts]
-            matrix = self._restore(run, x.dtype)
+            matrix = self.restored(run, x.dtype)
             if transposed:
                 product = backend.matmul(x, matrix, True)
                 made = backend.write_slots(made, product, start, axis=1)

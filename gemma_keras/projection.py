@@ -110,6 +110,23 @@ class TokenEmbedding(Adapted, Packable, keras.layers.ReversibleEmbedding):
         return self._embeddings if self.packed is None else self.packed.whole()
 
     @property
+    def holder(self):
+        """The variable of the table, or of its codes if it is quantised."""
+        return self._embeddings if self.packed is None else self.packed.codes
+
+    def stored(self):
+        """Tensors [V, ...] that hold the table, its codes first if it is quantised."""
+        if self.packed is None:
+            return (ops.convert_to_tensor(self._embeddings),)
+        return self.packed.stored()
+
+    def restored(self, stored):
+        """The rows [r, D] that are held by rows of `stored`, to compute with."""
+        if self.packed is None:
+            return ops.cast(stored[0], self.compute_dtype)
+        return self.packed.restored(stored, self.compute_dtype)
+
+    @property
     def columns(self):
         """Size of a row, within which quantised groups lie."""
         return self.output_dim

@@ -2,7 +2,7 @@
 
 A step's peak is what stays (the program, weights, the adapter and its optimizer), what
 each block keeps for the backward pass, and the largest of what comes and goes: one
-block's work, or one chunk of the loss. The numbers that a block keeps for each token
+block's work, or one tile of the loss. The numbers that a block keeps for each token
 are counted from backbone.py, where the backends differ: torch keeps what autograd asks
 for, XLA, which compiles for JAX and TensorFlow, what it does not care to compute again.
 tools/bench/plan.py compares the sum with runs.
@@ -17,7 +17,7 @@ import re
 from gemma_keras import backend, registry
 from gemma_keras.loading import open_source
 from gemma_keras.lora_config import EMBEDDING, LoraConfig, layer_shapes
-from gemma_keras.loss import chunk_rows
+from gemma_keras.loss import MOST_ROWS, TILE
 from gemma_keras.quantization import MODES, Quantization
 from gemma_keras.registry import DTYPE_BYTES
 
@@ -339,11 +339,11 @@ class _Step:
         return self.tokens * work
 
     def loss(self):
-        """A chunk of logits, its slopes, and the gradient of all positions."""
-        vocabulary = self.model.vocab_size
-        rows = min(chunk_rows(vocabulary), self.tokens)
-        chunk = 4 * rows * vocabulary
+        """A tile of logits, its slopes, and the gradient of all positions."""
+        vocabulary, width = self.model.vocab_size, self.model.hidden_dim
+        tile = min(TILE, vocabulary)
+        logits = 4 * min(MOST_ROWS, self.tokens) * tile
         capped = self.model.final_logit_soft_cap is not None
-        width = self.model.hidden_dim
         head = 0 if self.lora is not None else self.program.heads * vocabulary * width
-        return (3 + capped) * chunk + 4 * (4 * self.tokens * width + head)
+        positions = 4 * self.tokens * width
+        return (3 + capped) * logits + 4 * (tile * width + positions + head)
