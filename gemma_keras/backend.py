@@ -144,21 +144,99 @@ def _torch_would_use_one_core(x):
     )
 
 
+# Into how many parts a table of many rows is divided, and a kernel among threads.
+_TABLE_PARTS = 16
+
+
 def _matmul_few_rows(x, kernel, transposed):
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
     if transposed:
-        # The kernel's rows are what is divided, if there are two columns at least.
-        columns = rows.repeat(2, 1).T if count == 1 else rows.T
-        product = torch.matmul(kernel, columns).T[:count]
+        outputs, inputs = kernel.shape
+        parts = _parts(outputs, _TABLE_PARTS)
+        batch = kernel.view(parts, outputs // parts, inputs)
+        product = torch.bmm(batch, rows.T.expand(parts, -1, -1))
+        # In order, since what reads a row of logits next would go astray otherwise.
+        product = product.reshape(outputs, count).T.contiguous()
     else:
         inputs, outputs = kernel.shape
-        parts = max(1, min(torch.get_num_threads(), outputs // 128))
-        while outputs % parts:
-            parts -= 1
+        parts = _parts(outputs, torch.get_num_threads())
         batch = kernel.view(inputs, parts, outputs // parts).transpose(0, 1)
         product = torch.bmm(rows.expand(parts, -1, -1), batch).transpose(0, 1)
     return product.reshape(*x.shape[:-1], -1)
+
+
+def _parts(outputs, most):
+    """Up to so many equal parts of at least 128."""
+    parts = max(1, min(most, outputs // 128))
+    while outputs % parts:
+        parts -= 1
+    return parts
+
+
+def packed_matrix(codes, scales, offsets, group_size):
+    """What torch's kernels for weights of few bits read, of a matrix on a CPU.
+
+    Args:
+        codes: int8 [N, K]; or uint8 [N, K / 2], two of 4 bits in a byte, the low one of
+            column j and the high one of column j + K / 2.
+        scales: [N, 1], or [N, K / group_size] for 4 bits.
+        offsets: None, or [N, K / group_size] for 4 bits.
+        group_size: columns that share a scale, for 4 bits.
+
+    Returns:
+        For `packed_product`; None where there is no kernel. Codes of 8 bits are read as
+        they are, those of 4 bits are copied.
+    """
+    if NAME != "torch" or codes.device.type != "cpu" or not _has_packed_kernels():
+        return None
+    rows = codes.shape[0]
+    if offsets is None:
+        return codes, scales.reshape(-1).bfloat16()
+    # The kernels have groups of these sizes, around a code of 8.
+    if group_size not in (32, 64, 128, 256) or rows % 16:
+        return None
+    scales, offsets = scales.float(), offsets.float()
+    pairs = torch.stack([scales, offsets + 8 * scales], dim=-1)
+    pairs = pairs.transpose(0, 1).contiguous().bfloat16()
+    packed = torch.empty_like(codes)
+    # Wider for a moment: a few rows at a time, in a multiple of the kernels' blocks.
+    for start in range(0, rows, 4096):
+        part = codes[start : start + 4096]
+        wide = torch.cat([part & 15, part >> 4], dim=1).int()
+        packed[start : start + 4096] = torch._convert_weight_to_int4pack_for_cpu(
+            wide, 1
+        )
+    return packed, pairs
+
+
+@functools.cache
+def _has_packed_kernels():
+    # Not part of what torch promises.
+    names = ("int8pack_mm", "int4pack_mm_for_cpu")
+    return all(hasattr(torch, f"_weight_{name}") for name in names)
+
+
+def packed_product(x, packed, group_size):
+    """`x` [C, K], bfloat16, times the transpose of a `packed_matrix` [N, K]: [C, N]."""
+    codes, scales = packed
+    if scales.ndim == 1:
+        return torch._weight_int8pack_mm(x, codes, scales)
+    return torch._weight_int4pack_mm_for_cpu(x, codes, group_size, scales)
+
+
+def in_bfloat16_program(x):
+    """Whether `x` is bfloat16, in a program whose gradient nobody asks for."""
+    return _in_program.get() and keras.backend.standardize_dtype(x.dtype) == "bfloat16"
+
+
+def identities(variables):
+    """What tells whether variables are still the same, with the same integers."""
+    found = [*map(id, variables)]
+    if NAME == "torch":
+        values = [v.value for v in variables if not v.value.dtype.is_floating_point]
+        found += [value._version for value in values]
+    return found
 
 
 def write_slots(buffer, new, start, axis):

@@ -140,9 +140,10 @@ class Engine:
 
     def _program(self, kind, features, size=None):
         variables = self.backbone.variables
-        if self._variables is None or [*map(id, variables)] != self._variables:
+        now = backend.identities(variables)
+        if now != self._variables:
             # Adapters or quantisation gave the model other weights.
-            self._variables = [*map(id, variables)]
+            self._variables = now
             self._programs.clear()
         key = (kind, features, size, self.backbone.adapters.state)
         if key not in self._programs:

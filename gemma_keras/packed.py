@@ -54,6 +54,7 @@ class PackedMatrix:
         """
         self.packing, self.shape = packing, tuple(shape)
         self.variables = {}
+        self._for_kernels = None
         layer._tracker.unlock()
         for name, (size, dtype) in packing.shapes(*shape).items():
             self.variables[name] = layer.add_weight(
@@ -128,6 +129,10 @@ class PackedMatrix:
         """As `_product`, for `x` [n, ...], without a gradient."""
         rows, columns = self.shape
         few = x.shape[0] is not None and x.shape[0] <= FEW_ROWS
+        if few and transposed and backend.in_bfloat16_program(x):
+            packed = self._packed_for_kernels(parts)
+            if packed is not None:
+                return backend.packed_product(x, packed, self.packing.group_size)
         step = _divisor(rows, (FEW_BYTES if few else MANY_BYTES) // (4 * columns))
         if step < rows:
             return self._multiply_in_runs(x, parts, transposed, step)
@@ -135,6 +140,17 @@ class PackedMatrix:
         # all matrices at once, and keep it for the backward pass.
         parts = (backend.not_before(parts[0], x), *parts[1:])
         return backend.matmul(x, self.restored(parts, x.dtype), transposed)
+
+    def _packed_for_kernels(self, parts):
+        """The matrix as the backend's own kernels read it; None if there are none."""
+        now = backend.identities(self.variables.values())
+        if self._for_kernels is None or self._for_kernels[0] != now:
+            codes, scales, offsets = (*parts, None)[:3]
+            packed = backend.packed_matrix(
+                codes, scales, offsets, self.packing.group_size
+            )
+            self._for_kernels = now, packed
+        return self._for_kernels[1]
 
     def _multiply_in_runs(self, x, parts, transposed, step):
         """As `_multiply`, `step` rows of the matrix at a time."""

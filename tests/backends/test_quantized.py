@@ -12,11 +12,11 @@ import pytest
 from keras import ops
 from small_model import CONFIG, build_model
 
-from gemma_keras import GemmaBackbone, GemmaCausalLM, packed
+from gemma_keras import GemmaBackbone, GemmaCausalLM, backend, packed
 from gemma_keras.checkpoints import CheckpointError
 from gemma_keras.checkpoints.safetensors_file import SafetensorsFile
 from gemma_keras.projection import Projection
-from gemma_keras.quantization import Packing, Quantization, unpack
+from gemma_keras.quantization import Packing, Quantization, pack, unpack
 
 # Rows that int4 groups divide: 128 columns for the outputs of attention, 48 for those
 # of the feed-forward, 32 for the rest. Few layers: every restoring of every matrix is
@@ -198,6 +198,27 @@ def test_bfloat16_is_rounded_once_after_restoring(floats):
     lm, twin = quantised(floats, MODES["int8"], dtype="bfloat16")
     found, expected = logits(lm), logits(twin)
     np.testing.assert_allclose(found, expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("group_size", [0, 128, 32, 16])
+def test_few_rows_are_multiplied_as_many_are(group_size):
+    """Where a backend has kernels for few bits, as torch on a CPU, by these."""
+    random = np.random.default_rng(3)
+    matrix = random.normal(size=(96, 256)).astype("float32") * 0.1
+    packing = Packing(4 if group_size else 8, group_size)
+    arrays = pack(matrix, packing)
+    whole = unpack(arrays, packing).astype("float64")
+    kept = packed.PackedMatrix(keras.layers.Layer(), "m", packing, whole.shape, arrays)
+    for count in (1, 3, 16, 40):
+        x = ops.cast(random.normal(size=(count, 256)), "bfloat16")
+        program = backend.Program(kept.to_rows, kept.variables.values())
+        found = ops.convert_to_numpy(ops.cast(program(x), "float32"))
+        expected = ops.convert_to_numpy(ops.cast(x, "float32")) @ whole.T
+        # Weights, their scales and the result are rounded to 8 bits.
+        size = np.abs(ops.convert_to_numpy(ops.cast(x, "float32"))) @ np.abs(whole.T)
+        assert np.all(np.abs(found - expected) <= 2**-8 * size + 2**-8)
+    if backend.NAME == "torch":
+        assert (kept._for_kernels[1] is None) == (group_size == 16)
 
 
 def test_what_cannot_be_is_refused(floats):

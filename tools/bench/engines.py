@@ -19,6 +19,8 @@ BACKENDS = ("jax", "tensorflow", "torch")
 # all backends, on every model and in every dtype, beside the plain one.
 VARIANTS = {
     "ours": ({}, {}),
+    "ours-int8": ({"quantize": "int8"}, {}),
+    "ours-int4": ({"quantize": "int4"}, {}),
 }
 
 
