@@ -14,6 +14,7 @@ import random
 import re
 import resource
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -248,6 +249,10 @@ def write_slots(buffer, new, start, axis):
     new = ops.cast(new, buffer.dtype)
     if NAME == "torch":
         with torch.no_grad():
+            if isinstance(start, torch.Tensor):
+                # In a recorded step, to which the place is an argument.
+                places = start + torch.arange(new.shape[axis], device=start.device)
+                return buffer.index_copy_(axis, places, new)
             buffer.narrow(axis, int(start), new.shape[axis]).copy_(new)
         return buffer
     starts = [0] * len(buffer.shape)
@@ -260,6 +265,8 @@ def write_slots(buffer, new, start, axis):
 def read_slot(buffer, index, axis):
     """The slice of size 1 of `buffer` at `index` along `axis`."""
     if NAME == "torch":
+        if isinstance(index, torch.Tensor):
+            return buffer.index_select(axis, index.reshape(1))
         return buffer.narrow(axis, int(index), 1)
     starts, sizes = [0] * len(buffer.shape), list(buffer.shape)
     starts[axis], sizes[axis] = index, 1
@@ -770,6 +777,101 @@ class Program:
         if key not in self._concrete:
             self._concrete[key] = self._compiled.get_concrete_function(*arguments)
         return self._concrete[key](*arguments)
+
+
+class Step:
+    """A function of arrays that a loop in a program calls again and again.
+
+    JAX and TensorFlow compile the loop, and this is the function itself. On torch and a
+    CPU it is recorded, once for each set of shapes, and what runs from then on is the
+    list of torch's operations: in Python, a token of a small model takes longer to say
+    than to compute. Integers among the arguments become tensors without dimensions, so
+    that they may differ from call to call.
+
+    Args:
+        function: takes and returns nested arrays. It may change arguments in place,
+            but calling it twice with the same ones must be the same as once.
+        variables: every Keras variable it reads.
+    """
+
+    # Recording takes as long as some thirty calls save.
+    PATIENCE = 16
+
+    def __init__(self, function, variables):
+        self.function, self.variables = function, list(variables)
+        self._calls, self._recorded = {}, {}
+
+    def __call__(self, *arguments):
+        if NAME != "torch" or torch_device().type != "cpu" or not _can_record():
+            return self.function(*arguments)
+        leaves, structure = torch.utils._pytree.tree_flatten(arguments)
+        key = (structure, *(getattr(x, "shape", None) for x in leaves))
+        if key not in self._recorded:
+            self._calls[key] = self._calls.get(key, 0) + 1
+            if self._calls[key] <= self.PATIENCE:
+                return self.function(*arguments)
+            self._recorded[key] = self._record(leaves, structure)
+        run, results = self._recorded[key]
+        # Not kept: `fit` and others may put another tensor in a variable.
+        values = [variable.value for variable in self.variables]
+        found = run(*values, *map(torch.as_tensor, leaves))
+        return torch.utils._pytree.tree_unflatten(list(found), results)
+
+    def _record(self, leaves, structure):
+        told = []
+
+        def flat(*tensors):
+            values, leaves = (
+                tensors[: len(self.variables)],
+                tensors[len(self.variables) :],
+            )
+            arguments = torch.utils._pytree.tree_unflatten(leaves, structure)
+            mapping = list(zip(self.variables, values, strict=True))
+            with keras.StatelessScope(state_mapping=mapping):
+                results = self.function(*arguments)
+            results, form = torch.utils._pytree.tree_flatten(results)
+            told.append(form)
+            return tuple(results)
+
+        values = [variable.value.detach() for variable in self.variables]
+        with warnings.catch_warnings():
+            # That shapes become constants, as they are meant to; and of its age.
+            warnings.simplefilter("ignore")
+            run = torch.jit.trace(
+                flat, (*values, *map(torch.as_tensor, leaves)), check_trace=False
+            )
+        _simplify(run.graph)
+        return run, told[-1]
+
+
+@functools.cache
+def _can_record():
+    # Old, and in part not what torch promises: a later one may be without.
+    passes = ("inline", "constant_propagation", "dce")
+    there = all(hasattr(torch._C, f"_jit_pass_{name}") for name in passes)
+    return there and hasattr(torch.jit, "trace")
+
+
+def _simplify(graph):
+    """Leaves out of a recorded graph what is known of its tensors beforehand.
+
+    Those are the sizes that it asks for and computes with, and conversions to the dtype
+    that a tensor has: two thirds of what it does.
+    """
+    torch._C._jit_pass_inline(graph)
+    for node in graph.findAllNodes("aten::size"):
+        tensor, axis = node.inputs()
+        sizes, axis = tensor.type().sizes(), axis.toIValue()
+        if sizes is not None and axis is not None:
+            graph.setInsertPoint(node)
+            node.output().replaceAllUsesWith(graph.insertConstant(sizes[axis]))
+    for node in graph.findAllNodes("aten::to"):
+        before, after = next(node.inputs()).type(), node.output().type()
+        if before.dtype() is not None and before.dtype() == after.dtype():
+            node.output().replaceAllUsesWith(next(node.inputs()))
+    graph.setInsertPoint(graph.return_node())
+    torch._C._jit_pass_constant_propagation(graph)
+    torch._C._jit_pass_dce(graph)
 
 
 def _array_to_torch(x):

@@ -210,11 +210,33 @@ class Engine:
         def unfinished(state):
             return ops.logical_and(state.count < limit, ops.any(~state.done))
 
+        traced = self._step(features)
+
         def step(state):
-            state, hidden = self._read_last(state)
-            return self._emit(state, hidden, features, *plan)
+            noise = self._noise(state, plan[0]) if features.random else ()
+            new = traced(state, noise, *plan)
+            # Counted here, since they are Python's integers on torch.
+            cache = new.cache._replace(length=state.cache.length + 1)
+            return new._replace(cache=cache, count=state.count + 1)
 
         return backend.loop(unfinished, step, state)
+
+    def _step(self, features):
+        """One token for each row: a function of the state, noise and the plan."""
+
+        def step(state, noise, *plan):
+            state, hidden = self._read_last(state)
+            return self._emit(state, hidden, features, *plan, noise=noise)
+
+        key = ("step", features, None, self.backbone.adapters.state)
+        if key not in self._programs:
+            self._programs[key] = backend.Step(step, self.backbone.variables)
+        return self._programs[key]
+
+    def _noise(self, state, controls):
+        """Noise [B, V] for the token that is chosen next."""
+        shape = (state.done.shape[0], self.backbone.config.vocab_size)
+        return backend.gumbel(controls["seed"], state.count, shape)
 
     def _read_last(self, state):
         """Feed each row its newest token: the state, and hidden states [B, D]."""
@@ -225,12 +247,11 @@ class Engine:
         )
         return state._replace(cache=cache, position=position), hidden[:, 0]
 
-    def _emit(self, state, hidden, features, controls, stop_ids, limits):
+    def _emit(self, state, hidden, features, controls, stop_ids, limits, noise=None):
         """Choose the next token of each row from its last hidden state [B, D]."""
         logits = ops.cast(self.backbone.logits(hidden), "float32")
-        noise = None
-        if features.random:
-            noise = backend.gumbel(controls["seed"], state.count, tuple(logits.shape))
+        if features.random and noise is None:
+            noise = self._noise(state, controls)
         token = samplers.choose(logits, controls, features, state.seen, noise)
         chosen = ops.take_along_axis(logits, token[:, None], axis=1)[:, 0]
         log_prob = chosen - ops.logsumexp(logits, axis=-1)
@@ -312,7 +333,7 @@ class Engine:
         columns = ops.where(mask, tokens, width)
         places = ops.stack([ops.reshape(rows, -1), ops.reshape(columns, -1)], axis=1)
         wide = ops.pad(ops.cast(seen, "int32"), [[0, 0], [0, 1]])
-        wide = ops.scatter_update(wide, places, ops.ones(places.shape[0], "int32"))
+        wide = ops.scatter_update(wide, places, ops.ones_like(places[:, 0]))
         return ops.cast(wide[:, :width], "bool")
 
 

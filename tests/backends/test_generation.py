@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from gemma_keras import samplers
+from gemma_keras import backend, samplers
 
 PROMPT = "The cat"
 # No stop token, so that a random model says as much as it is asked to.
@@ -32,6 +32,32 @@ def naive_greedy(lm, prompt, count):
 
 def test_greedy_is_what_the_plain_forward_pass_says(lm):
     assert ids_of(lm, max_new_tokens=30) == naive_greedy(lm, PROMPT, 30)
+
+
+def test_256_greedy_tokens_are_the_likeliest_of_one_forward_pass(lm):
+    prompt = lm.preprocessor.encode_prompt(PROMPT)
+    answer = ids_of(lm, max_new_tokens=256)
+    ids = np.array([prompt + answer], "int32")
+    likeliest = ops.convert_to_numpy(lm({"token_ids": ids}))[0].argmax(-1)
+    assert likeliest[len(prompt) - 1 : -1].tolist() == answer
+
+
+@pytest.mark.skipif(backend.NAME != "torch", reason="torch alone records its steps")
+def test_a_recorded_step_sees_what_changes(new_lm, monkeypatch):
+    """Weights that are trained, and another sampler's settings, in the same record."""
+    lm, plain = new_lm(), new_lm()
+    monkeypatch.setattr(backend.Step, "PATIENCE", 2)
+    options = {"sampler": samplers.TopKSampler(5), "seed": 3, **FREE}
+    texts = [lm.generate(PROMPT, max_new_tokens=8, **options)]
+    for model in (lm, plain):
+        kernel = model.backbone.blocks[0].ffw_gating.kernel
+        kernel.assign(2 * kernel)
+    options["sampler"] = samplers.TopKSampler(3, temperature=0.5)
+    texts.append(lm.generate(PROMPT, max_new_tokens=8, **options))
+    steps = [p for key, p in lm._engine._programs.items() if key[0] == "step"]
+    assert [len(step._recorded) for step in steps] == [1]
+    monkeypatch.setattr(backend.Step, "PATIENCE", 10**9)
+    assert plain.generate(PROMPT, max_new_tokens=8, **options) == texts[1] != texts[0]
 
 
 def test_a_batch_gives_each_prompt_what_it_gets_alone(lm):
