@@ -21,12 +21,15 @@ import numpy as np
 from keras import ops
 
 from gemma_keras.buffers import aligned_copy
+from gemma_keras.compilation_cache import keep_programs_of_jax
 
 NAME = keras.backend.backend()
 
 if NAME == "jax":
     import jax
     import jax.numpy as jnp
+
+    keep_programs_of_jax(jax.config)
 elif NAME == "torch":
     import torch
 elif NAME == "tensorflow":
