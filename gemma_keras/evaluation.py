@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from gemma_keras import backend
+from gemma_keras.data import pad_rows
 
 # Logits of one chunk, in bytes.
 _CHUNK_BYTES = 2**27
@@ -263,3 +264,64 @@ def perplexity(scorer, samples, texts=None, progress=None):
         accuracy=sum(int(score.right.sum()) for score in scores) / tokens,
         bits_per_byte=total / math.log(2) / count if count else None,
     )
+
+
+def exact_match(lm, examples, batch_size=16):
+    """How often the model answers as an example does, to the letter.
+
+    An example is cut before what is learned last of it, and the model goes on from
+    there, greedily. Spaces around an answer, and what ends it, do not count.
+
+    Args:
+        lm: a `GemmaCausalLM` with a preprocessor.
+        examples: pairs of `ids` and `learn`, as `encode_examples` gives.
+        batch_size: answered at a time.
+
+    Returns:
+        A dict of `right` and `asked`, counts, and `answers`: for each example a dict
+        of the `prompt`, the `reference` and the model's `text`.
+    """
+    tokenizer = lm.preprocessor.tokenizer
+    answers = []
+    for start in range(0, len(examples), batch_size):
+        stop = min(start + batch_size, len(examples))
+        pairs = [_question(*examples[i]) for i in range(start, stop)]
+        found = _answer(lm, pairs)
+        for (prompt, reference), text in zip(pairs, found, strict=True):
+            answers.append(
+                {
+                    "prompt": tokenizer.decode(prompt),
+                    "reference": _spoken(tokenizer, reference),
+                    "text": _spoken(tokenizer, text),
+                }
+            )
+    right = sum(x["text"] == x["reference"] for x in answers)
+    return {"right": right, "asked": len(answers), "answers": answers}
+
+
+def _question(ids, learn):
+    """Ids before what is learned last of an example, and the ids of that."""
+    learn = np.array(learn, bool)
+    learn[0] = False  # nothing comes before it
+    end = len(learn) - int(np.argmax(learn[::-1]))
+    start = end - int(np.argmin(learn[:end][::-1]))
+    ids = [int(i) for i in ids]
+    return ids[:start], ids[start:end]
+
+
+def _answer(lm, pairs):
+    """The ids that the model puts after each prompt."""
+    prompts = [prompt for prompt, _ in pairs]
+    found = lm.generate(
+        pad_rows(prompts),
+        max_new_tokens=max(len(reference) for _, reference in pairs) + 1,
+        sampler="greedy",
+        strip_prompt=True,
+    )
+    ids, mask = (np.asarray(found[k]) for k in ("token_ids", "padding_mask"))
+    return [row[keep.astype(bool)] for row, keep in zip(ids, mask, strict=True)]
+
+
+def _spoken(tokenizer, ids):
+    kept = [int(i) for i in ids if int(i) not in tokenizer.stop_token_ids]
+    return tokenizer.decode(kept).strip()

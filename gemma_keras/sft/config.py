@@ -195,6 +195,13 @@ class RunConfig:
         low=0,
         group=RUN,
     )
+    exact_match: int = setting(
+        0,
+        "Validation examples to answer, before and after, counting what is right to "
+        "the letter; 0 is none.",
+        low=0,
+        group=RUN,
+    )
     sample_prompts: list[str] = setting(
         [],
         "Prompt that the model answers along the way; may be given several times.",
@@ -236,6 +243,8 @@ class RunConfig:
             wrong.append("validation and validation_split exclude each other.")
         if self.early_stopping and not measured:
             wrong.append("early_stopping needs validation or validation_split.")
+        if self.exact_match and not measured:
+            wrong.append("exact_match needs validation or validation_split.")
         if self.full and (self.lora_targets or self.dora or self.rslora):
             wrong.append("full trains every weight: LoRA's options have no meaning.")
         if self.full and self.quantize:

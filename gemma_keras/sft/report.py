@@ -10,6 +10,7 @@ import pathlib
 
 from gemma_keras.sft.charts import chart
 
+_ANSWERS_SHOWN = 20
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2530; --soft: #667085; --line: #d9dee6;
   --page: #ffffff; --card: #f6f8fa; --one: #1f6feb; --two: #d1480b; --faint: #9cc2f7; }
@@ -38,8 +39,8 @@ def write_report(folder):
     """Writes `report.html` into a run's folder, of what else is there.
 
     Args:
-        folder: holds `metrics.csv`, and perhaps `run.json`, `config.yaml` and
-            `samples.jsonl`.
+        folder: holds `metrics.csv`, and perhaps `run.json`, `config.yaml`,
+            `samples.jsonl`, `answers_before.jsonl` and `answers_after.jsonl`.
 
     Returns:
         The path of the report.
@@ -56,6 +57,7 @@ def write_report(folder):
         "<h2>Curves</h2>",
         _charts(rows, run.get("before")),
         _samples(folder / "samples.jsonl"),
+        _answers(folder),
         _table("Config", _read_config(folder / "config.yaml")),
         _table("Data", {d["path"]: d["found"] for d in run.get("data", [])}),
         _table("Versions", run.get("versions", {})),
@@ -110,6 +112,11 @@ def _facts(rows, run):
         if run.get("before"):
             value = f"{run['before']['val_perplexity']:.3f} → {value}"
         facts += [("best validation perplexity", value)]
+    if run.get("exact_match"):
+        found = run["exact_match"]
+        counts = " → ".join(f"{each['right']:,}" for each in found.values())
+        asked = next(iter(found.values()))["asked"]
+        facts += [("answers right to the letter", f"{counts} of {asked:,}")]
     if rows and "tokens_seen" in rows[-1]:
         facts += [("tokens seen", f"{int(rows[-1]['tokens_seen']):,}")]
     if rows:
@@ -189,6 +196,27 @@ def _samples(path):
         )
         parts.append(f"<h3>{html.escape(prompt)}</h3><table>{rows}</table>")
     return "<h2>Samples</h2>" + "".join(parts) if parts else ""
+
+
+def _answers(folder):
+    """The first answers that were compared with references, before and after."""
+    files = {when: folder / f"answers_{when}.jsonl" for when in ("before", "after")}
+    found = {
+        when: [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        for when, path in files.items()
+        if path.exists()
+    }
+    if not found:
+        return ""
+    heads = ["prompt", "reference", *found]
+    rows = []
+    for answers in list(zip(*found.values(), strict=False))[:_ANSWERS_SHOWN]:
+        cells = [answers[0]["prompt"], answers[0]["reference"]]
+        cells += [answer["text"] for answer in answers]
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        rows.append(f"<tr>{cells}</tr>")
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    return f"<h2>Answers</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
 def _table(title, values):

@@ -1,17 +1,18 @@
 """One run of fine-tuning, from a config to an adapter and a report."""
 
 import contextlib
+import json
 import math
 import pathlib
 import shutil
 
-from gemma_keras import backend, distribution, optimizers
+from gemma_keras import backend, distribution, evaluation, optimizers
 from gemma_keras.causal_lm import GemmaCausalLM
 from gemma_keras.console import loading, say, size
 from gemma_keras.loading import load_preprocessor, open_source
 from gemma_keras.sft import callbacks, state, tensorboard
 from gemma_keras.sft.examples import read_data
-from gemma_keras.sft.folder import RunFolder, versions
+from gemma_keras.sft.folder import RunFolder, replace, versions
 from gemma_keras.sft.progress import Progress
 from gemma_keras.sft.report import write_report
 from gemma_keras.sft.steps import Steps
@@ -94,6 +95,8 @@ class _Run:
         else:
             self._say_plan(steps)
         self._note_versions()
+        if not done:
+            self._match("before")
         stopped = None
         if done < total and not (self.validation and self.validation.has_stopped):
             stopped = self._fit(steps)
@@ -239,6 +242,22 @@ class _Run:
         finished = self.checkpoints.saved == steps.total
         return None if finished else stopper.signal
 
+    def _match(self, when):
+        """Has validation examples answered, and notes how many are right."""
+        if not self.config.exact_match:
+            return
+        examples = self.data.validation.examples
+        asked = [examples[i] for i in range(len(examples))][: self.config.exact_match]
+        found = evaluation.exact_match(self.lm, asked)
+        answers = found.pop("answers")
+        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
+        replace(self.folder.path / f"answers_{when}.jsonl", "".join(lines))
+        self.folder.update(
+            exact_match={**self.folder.info.get("exact_match", {}), when: found}
+        )
+        of = f"{found['right']} of {found['asked']} answers"
+        say(f"Right to the letter, {when}: {of}.")
+
     def _finish(self):
         config = self.config
         if self.validation is not None and config.early_stopping:
@@ -250,6 +269,7 @@ class _Run:
             self.lm.save_adapter(result_of(config), overwrite=True)
         if config.save_preset:
             self.lm.save_to_preset(config.save_preset, overwrite=True)
+        self._match("after")
         self.folder.update(status="finished")
         _report(self.folder)
         _say_what_is_there(config, self.folder)

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 
-from gemma_keras.evaluation import Scorer, perplexity
+from gemma_keras.evaluation import Scorer, exact_match, perplexity
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 TEXT = "The cat sat on the mat. Two birds sang 12 songs; the owl counted none."
@@ -200,3 +200,27 @@ def test_a_local_task_of_the_harness(lm, tmp_path):
     )
     # Either answer is right once, so that one of the two is found.
     assert found["results"]["local"]["acc,none"] == 0.5
+
+
+def test_an_answer_is_right_to_the_letter_or_not(lm):
+    tokenizer = lm.preprocessor.tokenizer
+    stop = tokenizer.stop_token_ids[0]
+    prompts = ["The cat", "Two birds sang"]
+    examples = []
+    for prompt in prompts:
+        first = tokenizer.encode(prompt, add_bos=True)
+        said = lm.generate(prompt, max_new_tokens=4, strip_prompt=True)
+        second = [*tokenizer.encode(said), stop]
+        learn = [False] * len(first) + [True] * len(second)
+        examples.append((first + second, learn))
+    # A text is asked for from its first token on.
+    examples.append((tokenizer.encode(TEXT, add_bos=True), [True] * 40))
+    found = exact_match(lm, examples, batch_size=2)
+    assert found["asked"] == 3
+    texts = [answer["text"] for answer in found["answers"]]
+    for prompt, answer in zip(prompts, found["answers"], strict=False):
+        assert prompt in answer["prompt"]
+        # The model may go on, which the reference does not.
+        assert answer["text"].startswith(answer["reference"])
+    assert texts[2] and found["answers"][2]["reference"] == TEXT
+    assert found["right"] == sum(x["text"] == x["reference"] for x in found["answers"])

@@ -107,7 +107,7 @@ def whole(random_preset, tmp_path_factory):
     out, held_out = folder / "whole", folder / "held_out.jsonl"
     held_out.write_text("".join(LESSONS.read_text().splitlines(keepends=True)[:7]))
     more = {"sample_prompts": ["Who are you?"], "sample_tokens": 4}
-    more["validation"] = str(held_out)
+    more |= {"validation": str(held_out), "exact_match": 3}
     assert run(RunConfig(**options(random_preset, out, **more))) is None
     return out
 
@@ -131,6 +131,14 @@ def test_a_run_leaves_what_was_promised(whole, capsys):
     assert "<svg" in (whole / "report.html").read_text()
     info = json.loads((whole / "run.json").read_text())
     assert info["status"] == "finished"
+    assert [each["asked"] for each in info["exact_match"].values()] == [3, 3]
+    lessons = [json.loads(line) for line in LESSONS.read_text().splitlines()[:3]]
+    for when in ("before", "after"):
+        lines = (whole / f"answers_{when}.jsonl").read_text().splitlines()
+        answers = [json.loads(line) for line in lines]
+        assert [x["reference"] for x in answers] == [x["response"] for x in lessons]
+        right = sum(x["text"] == x["reference"] for x in answers)
+        assert right == info["exact_match"][when]["right"]
     assert info["versions"]["keras"] == keras.__version__
     assert RunConfig.read(whole / "config.yaml").lora_dropout == 0.1
     assert (whole / "adapter" / "adapter_config.json").is_file()

@@ -55,6 +55,19 @@ def test_what_validation_found_before_training_comes_first(folder):
     assert places[0][0] < places[1][0] and places[0][1] < places[1][1]
 
 
+def test_answers_stand_beside_what_they_should_be(folder):
+    run = json.loads((folder / "run.json").read_text())
+    for when, text in (("before", "<i>"), ("after", "four")):
+        line = {"prompt": "two and two?", "reference": "four", "text": text}
+        (folder / f"answers_{when}.jsonl").write_text(json.dumps(line) + "\n")
+    counts = {"before": {"right": 0, "asked": 1}, "after": {"right": 1, "asked": 1}}
+    (folder / "run.json").write_text(json.dumps({**run, "exact_match": counts}))
+    page = write_report(folder).read_text("utf-8")
+    assert "0 → 1 of 1" in page
+    cells = "<td>two and two?</td><td>four</td><td>&lt;i&gt;</td><td>four</td>"
+    assert cells in page
+
+
 def test_its_curves_are_where_the_numbers_are(folder):
     page = write_report(folder).read_text("utf-8")
     figures = [ElementTree.fromstring(f) for f in re.findall(r"<svg.*?</svg>", page)]
