@@ -45,13 +45,15 @@ def keep_programs_of_jax(config):
     Args:
         config: `jax.config`.
     """
-    path = folder()
-    if path is None or config.jax_compilation_cache_dir is not None:
+    if config.jax_compilation_cache_dir is not None:
         return
     try:
+        path = folder()
+        if path is None:
+            return
         path.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        # A home that cannot be written to is no reason not to compute.
+    except (OSError, RuntimeError):
+        # No home, or one that cannot be written to, is no reason not to compute.
         return
     config.update("jax_compilation_cache_dir", str(path))
     # Without it JAX cannot count what lies there.

@@ -75,6 +75,10 @@ def test_a_switch_names_the_folder_or_says_no(tmp_path, monkeypatch):
     (tmp_path / "named").write_text("")
     compilation_cache.keep_programs_of_jax(unable := Config())
     assert not unable.changes
+    # Nobody has a home.
+    monkeypatch.setenv(compilation_cache.SWITCH, "~nobody-of-this-name/compiled")
+    compilation_cache.keep_programs_of_jax(homeless := Config())
+    assert not homeless.changes
     monkeypatch.setenv(compilation_cache.SWITCH, "off")
     assert compilation_cache.folder() is None
     compilation_cache.keep_programs_of_jax(refused := Config())
