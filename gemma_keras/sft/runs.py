@@ -247,8 +247,8 @@ class _Run:
         if not self.config.exact_match:
             return
         examples = self.data.validation.examples
-        asked = [examples[i] for i in range(len(examples))][: self.config.exact_match]
-        found = evaluation.exact_match(self.lm, asked)
+        count = min(self.config.exact_match, len(examples))
+        found = evaluation.exact_match(self.lm, [examples[i] for i in range(count)])
         answers = found.pop("answers")
         lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
         replace(self.folder.path / f"answers_{when}.jsonl", "".join(lines))

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 
+from gemma_keras.data import pad_rows
 from gemma_keras.evaluation import Scorer, exact_match, perplexity
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
@@ -214,7 +215,8 @@ def test_an_answer_is_right_to_the_letter_or_not(lm):
         learn = [False] * len(first) + [True] * len(second)
         examples.append((first + second, learn))
     # A text is asked for from its first token on.
-    examples.append((tokenizer.encode(TEXT, add_bos=True), [True] * 40))
+    ids = tokenizer.encode(TEXT, add_bos=True)
+    examples.append((ids, [True] * len(ids)))
     found = exact_match(lm, examples, batch_size=2)
     assert found["asked"] == 3
     texts = [answer["text"] for answer in found["answers"]]
@@ -224,3 +226,19 @@ def test_an_answer_is_right_to_the_letter_or_not(lm):
         assert answer["text"].startswith(answer["reference"])
     assert texts[2] and found["answers"][2]["reference"] == TEXT
     assert found["right"] == sum(x["text"] == x["reference"] for x in found["answers"])
+
+
+def test_of_three_answers_the_two_that_are_the_reference_are_right(lm, monkeypatch):
+    tokenizer = lm.preprocessor.tokenizer
+    stop = tokenizer.stop_token_ids[0]
+    question, answer = (tokenizer.encode(text) for text in ("The cat", " sat"))
+    example = (
+        [*question, *answer, stop],
+        [False] * len(question) + [True] * (len(answer) + 1),
+    )
+    said = [answer, [*answer, stop], [*answer, *answer]]
+    monkeypatch.setattr(lm, "generate", lambda *args, **options: pad_rows(said))
+    found = exact_match(lm, [example] * 3)
+    assert (found["right"], found["asked"]) == (2, 3)
+    assert {each["prompt"] for each in found["answers"]} == {"The cat"}
+    assert {each["reference"] for each in found["answers"]} == {"sat"}

@@ -26,6 +26,7 @@ import sys
 import time
 
 import models
+from plan import COMMAND
 
 LANGUAGES = {"de": "German", "fr": "French", "es": "Spanish", "it": "Italian"}
 KINDS = {"territories": "country", "languages": "language", "currencies": "currency"}
@@ -47,7 +48,7 @@ CONTENDERS = ("jax", "torch", "tensorflow", "trl")
 
 
 def write_data(folder):
-    """`learned.jsonl` and `kept.jsonl`, unless they are there."""
+    """Writes `learned.jsonl` and `kept.jsonl`."""
     from babel import Locale
 
     english, rows = Locale("en"), []
@@ -92,22 +93,22 @@ def config_of(folder, name):
 
 def train_ours(folder, name):
     """`gemma-keras sft`, in a process of its own."""
+    from gemma_keras.sft.report import read_metrics
+
     config = folder / f"{name}.yaml"
     config.write_text(config_of(folder, name).as_yaml(), encoding="utf-8")
-    program = "from gemma_keras.cli import main; main()"
-    command = [sys.executable, "-c", program, "sft", str(config)]
+    command = [sys.executable, "-c", COMMAND, "sft", str(config)]
     start = time.perf_counter()
     environment = {**os.environ, "KERAS_BACKEND": name, "TF_CPP_MIN_LOG_LEVEL": "2"}
     subprocess.run(command, env=environment, check=True)
     info = json.loads((folder / name / "run.json").read_text())
-    lines = (folder / name / "metrics.csv").read_text().splitlines()
-    last = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
+    last = read_metrics(folder / name / "metrics.csv")[-1]
     return {
         "adapter": str(folder / name / "adapter"),
         "wall_s": time.perf_counter() - start,
-        "train_s": float(last["seconds"]),
+        "train_s": last["seconds"],
         "steps": int(last["step"]),
-        "peak_gb": float(last["peak_memory_gb"]),
+        "peak_gb": last["peak_memory_gb"],
         "before": info["before"],
     }
 
