@@ -378,20 +378,29 @@ class Hub(http.server.BaseHTTPRequestHandler):
         server, rest = self.server, int(self.headers["Content-Length"])
         while rest:
             count = min(rest, 1 << 14)
-            if server.breaks_after is not None and server.breaks_after < count:
-                data += self.rfile.read(server.breaks_after)
-                server.breaks_after = None if server.breaks_once else 0
+            allowed = self.allowed(count)
+            data += self.rfile.read(allowed)
+            if allowed < count:
                 server.broken.set()
                 if server.hangs:
                     server.released.wait()
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return False
-            data += self.rfile.read(count)
             rest -= count
-            if server.breaks_after is not None:
-                server.breaks_after -= count
         return True
+
+    def allowed(self, count):
+        """How many of the next `count` bytes are taken, over all connections."""
+        server = self.server
+        with server.counting:
+            if server.breaks_after is None:
+                return count
+            allowed = min(count, server.breaks_after)
+            server.breaks_after -= allowed
+            if allowed < count and server.breaks_once:
+                server.breaks_after = None
+            return allowed
 
     def refuse(self, status=None, code=None, message="no"):
         status = status or self.server.status
@@ -471,6 +480,7 @@ def serve():
     server.refusals = {}
     server.breaks_after, server.breaks_once, server.hangs = None, True, False
     server.broken, server.released = threading.Event(), threading.Event()
+    server.counting = threading.Lock()
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()

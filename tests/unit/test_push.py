@@ -603,9 +603,11 @@ def test_a_push_that_was_killed_goes_on(hub, written, tmp_path, handle):
     sizes = sum(map(len, everything_in(written / "keras").values()))
     hub.breaks_after, hub.hangs = sizes * 2 // 3, True
     child = subprocess.Popen(command, env=variables, stderr=subprocess.PIPE)
-    assert hub.broken.wait(60), "nothing was sent"
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
+    try:
+        assert hub.broken.wait(60), "nothing was sent"
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
     hub.released.set()
     hub.breaks_after = None
     stored = set(hub.lfs)
