@@ -27,15 +27,13 @@ from keras import ops
 from gemma_keras import backend
 from gemma_keras import cache as kv_cache
 from gemma_keras.adapters import Adaptable
+from gemma_keras.attention import attend, soft_cap, visible
 from gemma_keras.config import GemmaConfig
 from gemma_keras.distribution import layout_map
 from gemma_keras.geglu import geglu
 from gemma_keras.packed import Quantizable, packed_init
 from gemma_keras.projection import Projection, TokenEmbedding
 from gemma_keras.quantization import Packing
-
-# Finite, so that a query with nothing to see yields numbers, not NaN.
-MASKED = -2.3819763e38
 
 
 class RMSNorm(keras.layers.Layer):
@@ -79,65 +77,6 @@ def rotate(x, table):
     first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return ops.cast(ops.concatenate(rotated, axis=-1), x.dtype)
-
-
-def visible(query_positions, key_positions, window=None):
-    """Mask [B, T, S]: may the query at one position see the key at another?
-
-    Args:
-        query_positions: integers [B, T].
-        key_positions: integers [B, S]; negative means that there is no key.
-        window: a query sees itself and the `window - 1` positions before it.
-    """
-    query, key = query_positions[:, :, None], key_positions[:, None, :]
-    mask = ops.logical_and(key >= 0, key <= query)
-    if window is not None:
-        mask = ops.logical_and(mask, query - key < window)
-    return mask
-
-
-def soft_cap(x, cap):
-    """Cap * tanh(x / cap): Gemma 2's bound on scores and logits."""
-    return x if cap is None else cap * ops.tanh(x / cap)
-
-
-def attend(query, key, value, mask, config):
-    """Softmax attention with K key heads, each shared by G query heads.
-
-    Args:
-        query: [B, T, N, H], rotated.
-        key: [B, K, S, H], rotated.
-        value: [B, K, S, H].
-        mask: bool, broadcastable to [B, T, S].
-        config: a `GemmaConfig`, for the head counts, the scale and the soft cap.
-
-    Returns:
-        [B, T, N * H], in the dtype of `value`.
-    """
-    length, heads, size = query.shape[1:]
-    groups = heads // config.num_kv_heads
-    if keras.backend.standardize_dtype(query.dtype) == "float16":
-        # A product of unnormalised queries and keys can pass 65504.
-        query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
-    query = query * config.query_pre_attn_scalar**-0.5
-    # Fold the G queries of a key head into rows: one matrix product a key head.
-    query = ops.reshape(query, (-1, length, config.num_kv_heads, groups, size))
-    query = ops.transpose(query, (0, 2, 3, 1, 4))
-    query = ops.reshape(query, (-1, config.num_kv_heads, groups * length, size))
-    scores = ops.matmul(query, ops.swapaxes(key, 2, 3))
-    scores = soft_cap(ops.cast(scores, "float32"), config.attn_logit_soft_cap)
-    scores = ops.reshape(
-        scores, (-1, config.num_kv_heads, groups, length, key.shape[2])
-    )
-    scores = ops.where(mask[:, None, None], scores, MASKED)
-    weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
-    weights = ops.reshape(
-        weights, (-1, config.num_kv_heads, groups * length, key.shape[2])
-    )
-    mixed = ops.matmul(weights, value)
-    mixed = ops.reshape(mixed, (-1, config.num_kv_heads, groups, length, size))
-    mixed = ops.transpose(mixed, (0, 3, 1, 2, 4))
-    return ops.reshape(mixed, (-1, length, heads * size))
 
 
 class Attention(keras.layers.Layer):

@@ -381,20 +381,21 @@ def with_gradient(function, gradient, *inputs):
     Args:
         function: takes `inputs`; returns its value and a tuple of tensors to keep.
         gradient: takes the value's slopes and what was kept; returns those of each
-            input.
-        *inputs: tensors.
+            input, None for one that has no slopes.
+        *inputs: tensors. Functions that close over others cannot be computed again
+            for a backward pass on JAX.
     """
     if NAME == "torch":
         return _WithGradient.apply(function, gradient, *inputs)
+    if NAME == "jax":
+        run = jax.custom_vjp(lambda *inputs: function(*inputs)[0])
+        run.defvjp(function, lambda kept, upstream: tuple(gradient(upstream, *kept)))
+        return run(*inputs)
 
     @ops.custom_gradient
     def run(*inputs):
         value, kept = function(*inputs)
-
-        def backward(*args, upstream=None):
-            return tuple(gradient(args[0] if upstream is None else upstream, *kept))
-
-        return value, backward
+        return value, lambda upstream: tuple(gradient(upstream, *kept))
 
     return run(*inputs)
 
@@ -459,14 +460,18 @@ if NAME == "torch":
             return None, None, ctx.transpose(upstream)
 
 
-def not_before(codes, x):
-    """The integers `codes`, which XLA cannot compute with before it has `x`."""
+def not_before(value, x):
+    """The tensor `value`, which XLA cannot compute with before it has the floats `x`.
+
+    XLA joins equal computations, and begins as early as it can: what is computed again
+    for a backward pass would be kept from the forward pass.
+    """
     traced = NAME == "jax" and isinstance(x, jax.core.Tracer)
     if not traced and (NAME != "tensorflow" or tf.executing_eagerly()):
-        return codes
-    # It does not know that this is 0, since a float may be NaN.
-    zero = ops.cast(ops.reshape(x, (-1,))[0] * 0, codes.dtype)
-    return ops.bitwise_xor(codes, zero)
+        return value
+    # It does not know that this is true, since a float may be NaN.
+    corner = ops.reshape(x, (-1,))[0]
+    return ops.where(corner == corner, value, ops.zeros_like(value))
 
 
 def branch(condition, yes, no):
@@ -936,11 +941,7 @@ def remat(function):
 
         def backward(kept, upstream):
             x, values = kept
-            # XLA joins equal computations, and begins as early as it can. This one
-            # differs, and waits for the gradient; it is x, unless that is NaN.
-            corner = upstream[(0,) * upstream.ndim]
-            x = jnp.where(corner == corner, x, jnp.zeros_like(x))
-            return jax.vjp(flat, x, *values)[1](upstream)
+            return jax.vjp(flat, not_before(x, upstream), *values)[1](upstream)
 
         run.defvjp(forward, backward)
         return run(x, *values)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from slopes import gradients, relative
 
 from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig, backend, loss
 from gemma_keras.geglu import geglu
@@ -36,38 +37,6 @@ def make(dtype="float32", **changes):
     return GemmaCausalLM(GemmaBackbone(config, dtype=dtype, init=init))
 
 
-def gradients(function, arrays, variable):
-    """Value of `function(*arrays)`, its slopes, and that for a Keras variable."""
-    if backend.NAME == "jax":
-        import jax
-
-        def pure(arrays, value):
-            with keras.StatelessScope(state_mapping=[(variable, value)]):
-                return function(*arrays)
-
-        found = jax.jit(jax.value_and_grad(pure, argnums=(0, 1)))
-        value, (slopes, slope) = found(arrays, variable.value)
-        return value, [*slopes, slope]
-    if backend.NAME == "torch":
-        import torch
-
-        tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
-        variable.value.grad = None
-        value = function(*tensors)
-        value.backward()
-        return value.detach(), [x.grad for x in (*tensors, variable.value)]
-    import tensorflow as tf
-
-    @tf.function(jit_compile=True)
-    def run(*tensors):
-        with tf.GradientTape() as tape:
-            tape.watch([*tensors, variable.value])
-            value = function(*tensors)
-        return value, tape.gradient(value, [*tensors, variable.value])
-
-    return run(*map(tf.constant, arrays))
-
-
 def closed_form(hidden, table, labels, weights, cap):
     """Loss, its slopes and the weight of right tokens, in float64."""
     hidden, table = hidden.astype("float64"), table.astype("float64")
@@ -85,11 +54,6 @@ def closed_form(hidden, table, labels, weights, cap):
         slope *= 1 - np.tanh(raw / cap) ** 2
     right = (weights * (logits.argmax(-1) == labels)).sum()
     return value, slope @ table, slope.T @ hidden, right
-
-
-def relative(found, expected):
-    found = np.asarray(ops.convert_to_numpy(found), "float64")
-    return np.abs(found - expected).max() / np.abs(expected).max()
 
 
 @pytest.mark.parametrize("tile", [131, 50], ids=["whole", "tiles"])

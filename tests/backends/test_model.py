@@ -12,14 +12,7 @@ import pytest
 from keras import ops
 
 from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig
-from gemma_keras.backbone import (
-    RMSNorm,
-    attend,
-    rotary_table,
-    rotate,
-    soft_cap,
-    visible,
-)
+from gemma_keras.backbone import RMSNorm, rotary_table, rotate
 from gemma_keras.cache import default_positions
 
 TINY = GemmaConfig(
@@ -105,59 +98,6 @@ def test_linear_scaling_divides_positions():
     scaled = rotary_table(np.array([[80]]), 6, 1e6, scaling_factor=8.0)
     plain = rotary_table(np.array([[10]]), 6, 1e6)
     np.testing.assert_allclose(numpy(scaled[1]), numpy(plain[1]), atol=1e-6)
-
-
-def test_a_window_holds_itself_and_the_tokens_just_before():
-    positions = np.arange(5)[None]
-    expected = [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [0, 1, 1, 1, 0],
-        [0, 0, 1, 1, 1],
-    ]
-    positions = ops.convert_to_tensor(positions)
-    found = numpy(visible(positions, positions, window=3))
-    np.testing.assert_array_equal(found[0], expected)
-    causal = numpy(visible(positions, positions))
-    np.testing.assert_array_equal(causal[0], np.tri(5))
-
-
-def test_missing_keys_are_invisible_and_their_order_does_not_matter():
-    query = ops.convert_to_tensor(np.array([[4]]))
-    key = ops.convert_to_tensor(np.array([[-1, 4, 2, 5, 3]]))
-    found = numpy(visible(query, key, window=2))
-    np.testing.assert_array_equal(found[0, 0], [0, 1, 0, 0, 1])
-
-
-def test_attention_is_scaled_by_the_stored_scalar_and_capped_before_the_mask():
-    config = dataclasses.replace(TINY, attn_logit_soft_cap=1.5)
-    random = np.random.default_rng(1)
-    query = 4 * random.normal(size=(2, 3, 4, 6))
-    key, value = 4 * random.normal(size=(2, 2, 2, 5, 6))
-    mask = random.random((2, 3, 5)) > 0.4
-    mask[0, 1] = False  # a query that sees nothing
-    mask[..., 0] |= ~mask.any(-1) & (np.arange(3) != 1)
-    expected = np.zeros((2, 3, 4, 6))
-    for b, t, n in np.ndindex(2, 3, 4):
-        scores = key[b, n // 2] @ query[b, t, n] * 7.0**-0.5
-        scores = 1.5 * np.tanh(scores / 1.5)
-        weights = np.exp(scores) * mask[b, t]
-        if weights.sum():
-            expected[b, t, n] = weights / weights.sum() @ value[b, n // 2]
-    tensors = [ops.convert_to_tensor(x, "float32") for x in (query, key, value)]
-    found = numpy(attend(*tensors, ops.convert_to_tensor(mask), config))
-    found = found.reshape(2, 3, 4, 6)
-    assert np.isfinite(found).all()
-    seen = mask.any(-1)
-    np.testing.assert_allclose(found[seen], expected[seen], atol=1e-5)
-
-
-def test_soft_caps_bend_and_absent_ones_do_not():
-    x = ops.convert_to_tensor([-100.0, 0.1, 30.0])
-    expected = 30 * np.tanh(numpy(x) / 30)
-    np.testing.assert_allclose(numpy(soft_cap(x, 30.0)), expected, rtol=1e-6)
-    np.testing.assert_array_equal(numpy(soft_cap(x, None)), numpy(x))
 
 
 def test_the_gate_is_the_tanh_form_of_gelu():

@@ -1,0 +1,128 @@
+"""Softmax attention, whose backward pass computes the scores once more.
+
+Left to themselves, the backends keep between one and five numbers in float32 for every
+pair of a query and a key: what grows with the square of the length. Here only queries,
+keys, values and two numbers a query are kept.
+"""
+
+import functools
+
+import keras
+from keras import ops
+
+from gemma_keras import backend
+
+# Finite, so that a query with nothing to see yields numbers, not NaN.
+MASKED = -2.3819763e38
+
+
+def visible(query_positions, key_positions, window=None):
+    """Mask [B, T, S]: may the query at one position see the key at another?
+
+    Args:
+        query_positions: integers [B, T].
+        key_positions: integers [B, S]; negative means that there is no key.
+        window: a query sees itself and the `window - 1` positions before it.
+    """
+    query, key = query_positions[:, :, None], key_positions[:, None, :]
+    mask = ops.logical_and(key >= 0, key <= query)
+    if window is not None:
+        mask = ops.logical_and(mask, query - key < window)
+    return mask
+
+
+def soft_cap(x, cap):
+    """Cap * tanh(x / cap): Gemma 2's bound on scores and logits."""
+    return x if cap is None else cap * ops.tanh(x / cap)
+
+
+def attend(query, key, value, mask, config):
+    """Softmax attention with K key heads, each shared by G query heads.
+
+    Args:
+        query: [B, T, N, H], rotated.
+        key: [B, K, S, H], rotated.
+        value: [B, K, S, H].
+        mask: bool, broadcastable to [B, T, S].
+        config: a `GemmaConfig`, for the head counts, the scale and the soft cap.
+
+    Returns:
+        [B, T, N * H], in the dtype of `value`.
+    """
+    length, heads, size = query.shape[1:]
+    groups = heads // config.num_kv_heads
+    if keras.backend.standardize_dtype(query.dtype) == "float16":
+        # A product of unnormalised queries and keys can pass 65504.
+        query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
+    query = query * config.query_pre_attn_scalar**-0.5
+    # Fold the G queries of a key head into rows: one matrix product a key head.
+    query = ops.reshape(query, (-1, length, config.num_kv_heads, groups, size))
+    query = ops.transpose(query, (0, 2, 3, 1, 4))
+    query = ops.reshape(query, (-1, config.num_kv_heads, groups * length, size))
+    core = _Core(groups, config.attn_logit_soft_cap)
+    if backend.may_be_differentiated():
+        run = functools.partial(
+            backend.with_gradient, core.value_and_kept, core.gradient
+        )
+    else:
+        run = core.value
+    mixed = run(query, key, value, mask[:, None])
+    mixed = ops.reshape(mixed, (-1, config.num_kv_heads, groups, length, size))
+    mixed = ops.transpose(mixed, (0, 3, 1, 2, 4))
+    return ops.reshape(mixed, (-1, length, heads * size))
+
+
+class _Core:
+    """Softmax(cap(q k^T)) v over the heads [B, K], with its gradient in closed form.
+
+    Queries are [B, K, G T, H], scaled; keys and values [B, K, S, H]; masks
+    [B, 1, T, S]. Scores are float32.
+    """
+
+    def __init__(self, groups, cap):
+        self.groups, self.cap = groups, cap
+
+    def value(self, query, key, value, mask):
+        scores = soft_cap(self._products(query, key), self.cap)
+        weights = ops.softmax(self._masked(scores, mask), axis=-1)
+        return ops.matmul(ops.cast(weights, value.dtype), value)
+
+    def value_and_kept(self, query, key, value, mask):
+        scores = soft_cap(self._products(query, key), self.cap)
+        scores = self._masked(scores, mask)
+        top = ops.max(scores, axis=-1, keepdims=True)
+        weights = ops.exp(scores - top)
+        total = ops.sum(weights, axis=-1, keepdims=True)
+        weights = ops.cast(weights / total, value.dtype)
+        kept = query, key, value, mask, top, total
+        return ops.matmul(weights, value), kept
+
+    def gradient(self, upstream, query, key, value, mask, top, total):
+        query = backend.not_before(query, upstream)
+        products = self._products(query, key)
+        if self.cap is not None:
+            bent = ops.tanh(products / self.cap)
+            products = self.cap * bent
+        weights = ops.exp(self._masked(products, mask) - top) / total
+        slopes = ops.matmul(upstream, ops.swapaxes(value, 2, 3))
+        slopes = weights * ops.cast(slopes, "float32")
+        slopes = slopes - weights * ops.sum(slopes, axis=-1, keepdims=True)
+        if self.cap is not None:
+            slopes = slopes * (1.0 - ops.square(bent))
+        slopes = ops.cast(self._masked(slopes, mask, 0.0), query.dtype)
+        weights = ops.cast(weights, value.dtype)
+        return (
+            ops.matmul(slopes, key),
+            ops.matmul(ops.swapaxes(slopes, 2, 3), query),
+            ops.matmul(ops.swapaxes(weights, 2, 3), upstream),
+            None,
+        )
+
+    def _products(self, query, key):
+        return ops.cast(ops.matmul(query, ops.swapaxes(key, 2, 3)), "float32")
+
+    def _masked(self, scores, mask, hidden=MASKED):
+        heads, rows, keys = scores.shape[1:]
+        apart = (-1, heads * self.groups, rows // self.groups, keys)
+        scores = ops.where(mask, ops.reshape(scores, apart), hidden)
+        return ops.reshape(scores, (-1, heads, rows, keys))

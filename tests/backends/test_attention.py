@@ -1,0 +1,160 @@
+"""Attention against the published formulas, computed here in float64 numpy."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from slopes import gradients, relative
+
+from gemma_keras import GemmaConfig, backend
+from gemma_keras.attention import attend, soft_cap, visible
+
+
+def config_of(cap=None):
+    """Two key heads for four queries; the scale is not that of the head's size."""
+    return GemmaConfig(
+        vocab_size=13,
+        num_layers=2,
+        hidden_dim=8,
+        ffn_dim=20,
+        num_query_heads=4,
+        num_kv_heads=2,
+        head_dim=6,
+        query_pre_attn_scalar=7.0,
+        attn_logit_soft_cap=cap,
+    )
+
+
+def numpy(x):
+    return np.asarray(ops.convert_to_numpy(x), "float64")
+
+
+def formula(query, key, value, mask, cap):
+    """[B, T, N, H]; zeros where a query sees nothing."""
+    mixed = np.zeros(query.shape)
+    for b, t, n in np.ndindex(query.shape[:3]):
+        scores = key[b, n // 2] @ query[b, t, n] * 7.0**-0.5
+        scores = scores if cap is None else cap * np.tanh(scores / cap)
+        weights = np.exp(scores) * mask[b, t]
+        if weights.sum():
+            mixed[b, t, n] = weights / weights.sum() @ value[b, n // 2]
+    return mixed
+
+
+def example():
+    """Queries, keys, values and a mask; the query [0, 1] sees nothing."""
+    random = np.random.default_rng(1)
+    query = 4 * random.normal(size=(2, 3, 4, 6))
+    key, value = 4 * random.normal(size=(2, 2, 2, 5, 6))
+    mask = random.random((2, 3, 5)) > 0.4
+    mask[0, 1] = False
+    mask[..., 0] |= ~mask.any(-1) & (np.arange(3) != 1)
+    assert not mask[0, 1].any() and mask.any(-1).sum() == 5
+    return (query, key, value), mask
+
+
+def test_a_window_holds_itself_and_the_tokens_just_before():
+    positions = np.arange(5)[None]
+    expected = [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 0],
+        [0, 0, 1, 1, 1],
+    ]
+    positions = ops.convert_to_tensor(positions)
+    found = numpy(visible(positions, positions, window=3))
+    np.testing.assert_array_equal(found[0], expected)
+    causal = numpy(visible(positions, positions))
+    np.testing.assert_array_equal(causal[0], np.tri(5))
+
+
+def test_missing_keys_are_invisible_and_their_order_does_not_matter():
+    query = ops.convert_to_tensor(np.array([[4]]))
+    key = ops.convert_to_tensor(np.array([[-1, 4, 2, 5, 3]]))
+    found = numpy(visible(query, key, window=2))
+    np.testing.assert_array_equal(found[0, 0], [0, 1, 0, 0, 1])
+
+
+@pytest.mark.parametrize("cap", [None, 1.5], ids=["plain", "capped"])
+def test_attention_is_scaled_by_the_stored_scalar_and_capped_before_the_mask(cap):
+    arrays, mask = example()
+    expected = formula(*arrays, mask, cap)
+    tensors = [ops.convert_to_tensor(x, "float32") for x in arrays]
+    found = numpy(attend(*tensors, ops.convert_to_tensor(mask), config_of(cap)))
+    found = found.reshape(expected.shape)
+    assert np.isfinite(found).all()
+    seen = mask.any(-1)
+    np.testing.assert_allclose(found[seen], expected[seen], atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [None, 1.5], ids=["plain", "capped"])
+def test_attention_has_the_slopes_of_its_formula(cap):
+    arrays, mask = example()
+    upstream = np.random.default_rng(2).normal(size=(2, 3, 4, 6))
+    # What a query sees that may see nothing is no part of the formula.
+    upstream *= mask.any(-1)[..., None, None]
+
+    def total(*arrays):
+        return (formula(*arrays, mask, cap) * upstream).sum()
+
+    def slopes(place, step=1e-6):
+        found = np.zeros(arrays[place].shape)
+        for index in np.ndindex(found.shape):
+            moved = [x.copy() for x in arrays]
+            moved[place][index] += step
+            more = total(*moved)
+            moved[place][index] -= 2 * step
+            found[index] = (more - total(*moved)) / (2 * step)
+        return found
+
+    variable = keras.Variable(np.ones(()), dtype="float32")
+    value, (*found, _) = gradients(
+        lambda *tensors: (
+            variable
+            + ops.sum(
+                attend(*tensors, ops.convert_to_tensor(mask), config_of(cap))
+                * ops.convert_to_tensor(upstream.reshape(2, 3, 24), "float32")
+            )
+        ),
+        [x.astype("float32") for x in arrays],
+        variable,
+    )
+    assert relative(value, total(*arrays) + 1) < 1e-5
+    for place, of_place in enumerate(found):
+        assert relative(of_place, slopes(place)) < 1e-5
+
+
+@pytest.mark.skipif(backend.NAME == "tensorflow", reason="TensorFlow does not tell")
+def test_no_scores_are_kept_for_the_backward_pass():
+    """Kept are 11 tensors of a thousand numbers; the scores would be 65,536."""
+    random = np.random.default_rng(3)
+    length, config = 128, config_of(cap=20.0)
+    query = random.normal(size=(1, length, 4, 6)).astype("float32")
+    key, value = random.normal(size=(2, 1, 2, length, 6)).astype("float32")
+    mask = np.tri(length, dtype=bool)[None]
+    if backend.NAME == "torch":
+        import torch
+
+        kept = []
+        tensors = [torch.tensor(x, requires_grad=True) for x in (query, key, value)]
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        with hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            attend(*tensors, torch.tensor(mask), config)
+        kept = sum(kept)
+    else:
+        import jax
+
+        run = functools.partial(attend, mask=mask, config=config)
+        _, backward = jax.vjp(run, query, key, value)
+        kept = sum(x.nbytes for x in jax.tree.leaves(backward) if hasattr(x, "nbytes"))
+    assert 3 * 4 * 128 * 12 < kept < 4 * length * length
+
+
+def test_soft_caps_bend_and_absent_ones_do_not():
+    x = ops.convert_to_tensor([-100.0, 0.1, 30.0])
+    expected = 30 * np.tanh(numpy(x) / 30)
+    np.testing.assert_allclose(numpy(soft_cap(x, 30.0)), expected, rtol=1e-6)
+    np.testing.assert_array_equal(numpy(soft_cap(x, None)), numpy(x))
