@@ -929,9 +929,12 @@ def compiled_step(step, fixed, shardings):
 
 def remat(function):
     """`function` of a tensor, of which a backward pass keeps the argument alone."""
-    if NAME != "jax":
+    if NAME == "torch":
         return keras.remat(function)
+    return _jax_remat(function) if NAME == "jax" else _tensorflow_remat(function)
 
+
+def _jax_remat(function):
     def call(x):
         flat, values = jax.closure_convert(function, x)
         run = jax.custom_vjp(flat)
@@ -945,6 +948,24 @@ def remat(function):
 
         run.defvjp(forward, backward)
         return run(x, *values)
+
+    return call
+
+
+def _tensorflow_remat(function):
+    # That of TensorFlow makes the second pass wait in a way that XLA sees through.
+    @tf.custom_gradient
+    def call(x):
+        def gradient(upstream, variables=()):
+            again = not_before(x, upstream)
+            with tf.GradientTape() as tape:
+                tape.watch(again)
+                value = function(again)
+            sources = [again, *variables]
+            slope, *slopes = tape.gradient(value, sources, output_gradients=upstream)
+            return slope, slopes
+
+        return function(x), gradient
 
     return call
 

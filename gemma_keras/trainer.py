@@ -20,6 +20,10 @@ from gemma_keras import backend, data, optimizers
 from gemma_keras import loss as token_loss
 from gemma_keras.packing import EpochDataset
 
+# Parameters from which on TensorFlow trains with XLA on a CPU too. Keras does without
+# there; a step then takes a third more time, and a small model is trained before XLA has
+# compiled it.
+XLA_PAYS = 50_000_000
 
 class TokenMean(keras.metrics.Mean):
     """A mean over tokens, of sums that it is told."""
@@ -105,6 +109,12 @@ class TokenTrainer(keras.Model):
         self._compiled_with = functools.partial(
             dict, loss=loss, weighted_metrics=weighted_metrics, remat=remat
         )
+
+    def _resolve_auto_jit_compile(self):
+        chosen = super()._resolve_auto_jit_compile()
+        if backend.NAME != "tensorflow" or self._distribute_strategy is not None:
+            return chosen
+        return chosen or self.backbone.count_params() >= XLA_PAYS
 
     def get_compile_config(self):
         return {

@@ -175,10 +175,9 @@ def test_a_chat_is_written_as_gemma_reads_it(harness):
     assert text == "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
 
 
+@pytest.mark.reference
 def test_a_local_task_of_the_harness(lm, tmp_path):
-    if not INSTALLED:
-        pytest.skip("lm-eval is not installed")
-    import lm_eval
+    lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
 
     from gemma_keras.harness import GemmaLM
