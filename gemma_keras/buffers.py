@@ -29,13 +29,26 @@ def aligned_copy(array):
     if size in (2, 4):
         # Numpy copies its own types quicker than those that ml_dtypes adds.
         source, target = array.view(f"u{size}"), copy.view(f"u{size}")
-    if array.ndim == 2 and array.flags.f_contiguous and not array.flags.c_contiguous:
+    _fill(target, source)
+    return copy
+
+
+def ordered(array):
+    """`array`, or a C-contiguous copy if its numbers lie in another order."""
+    return array if array.flags.c_contiguous else aligned_copy(array)
+
+
+def _fill(target, source):
+    if source.ndim == 2 and source.flags.f_contiguous and not source.flags.c_contiguous:
         _in_parallel(_transpose, source.T, target)
-    elif array.ndim and array.flags.c_contiguous:
+    elif source.ndim and source.flags.c_contiguous:
         _in_parallel(_copy, source, target)
+    elif source.ndim == 3:
+        # Kernels with their heads as the first axis, each head transposed.
+        for part, matrix in zip(target, source, strict=True):
+            _fill(part, matrix)
     else:
         np.copyto(target, source)
-    return copy
 
 
 def _in_parallel(work, source, target):

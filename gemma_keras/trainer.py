@@ -21,9 +21,10 @@ from gemma_keras import loss as token_loss
 from gemma_keras.packing import EpochDataset
 
 # Parameters from which on TensorFlow trains with XLA on a CPU too. Keras does without
-# there; a step then takes a third more time, and a small model is trained before XLA has
+# there: a step takes a third more time, but a small model is trained before XLA has
 # compiled it.
 XLA_PAYS = 50_000_000
+
 
 class TokenMean(keras.metrics.Mean):
     """A mean over tokens, of sums that it is told."""

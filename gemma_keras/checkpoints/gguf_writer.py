@@ -4,12 +4,15 @@ Names and keys are those of the reader beside this module. Norms are stored plus
 float32, as llama.cpp computes with them. Blocks are made by the `gguf` package.
 """
 
+import concurrent.futures
 import json
 import math
+import os
 
 import numpy as np
 
 from gemma_keras import vocabulary
+from gemma_keras.buffers import ordered
 from gemma_keras.chat import JINJA_TEMPLATE
 from gemma_keras.checkpoints.checkpoint import CheckpointError
 from gemma_keras.checkpoints.gguf import PROVENANCE_KEY, weight_name
@@ -120,7 +123,7 @@ def _stored(gguf, contents, path, kind):
     array = contents.array(path, names.get(kind))
     array = array.T if path.endswith("kernel") else array
     if kind in names:
-        return np.ascontiguousarray(array)
+        return ordered(array)
     return _blocks(gguf, array, gguf.GGMLQuantizationType[kind])
 
 
@@ -130,9 +133,13 @@ def _blocks(gguf, array, kind):
     rows, columns = array.shape
     result = np.empty((rows, columns // block * size), np.uint8)
     step = max(1, _CHUNK // columns)
-    for first in range(0, rows, step):
+
+    def fill(first):
         part = np.ascontiguousarray(array[first : first + step], np.float32)
         result[first : first + step] = gguf.quants.quantize(part, kind)
+
+    with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        list(pool.map(fill, range(0, rows, step)))
     return result
 
 

@@ -12,8 +12,7 @@ import re
 import warnings
 from pathlib import Path
 
-import numpy as np
-
+from gemma_keras.buffers import ordered
 from gemma_keras.checkpoints import h5_file, keras_layout, quantized_preset, staging
 from gemma_keras.checkpoints.checkpoint import CheckpointError, some
 from gemma_keras.checkpoints.contents import Contents, shards
@@ -204,9 +203,7 @@ def _write_floats(folder, contents, dtype, limit):
         with h5_file.writing(folder / name) as (file, check):
             for path in paths:
                 array = contents.array(path, dtype)
-                array = np.ascontiguousarray(
-                    keras_layout.to_stored(path, array, config)
-                )
+                array = ordered(keras_layout.to_stored(path, array, config))
                 group = file.create_group(
                     f"layers/{keras_layout.group(path, config)}/vars"
                 )

@@ -11,7 +11,7 @@ import struct
 
 import numpy as np
 
-from gemma_keras.buffers import aligned_copy
+from gemma_keras.buffers import ordered
 from gemma_keras.checkpoints.checkpoint import CheckpointError, parse_json
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES, MappedFile
 
@@ -196,8 +196,7 @@ def write(path, shapes, dtype, tensor, metadata=None):
 
 def write_array(file, array):
     """Writes the numbers of an array in C order; a strided one by way of a copy."""
-    ordered = array if array.flags.c_contiguous else aligned_copy(array)
-    file.write(ordered.reshape(-1).view("uint8"))
+    file.write(ordered(array).reshape(-1).view("uint8"))
 
 
 def _counts(values):

@@ -32,8 +32,6 @@ class Program:
     Attributes:
         base: bytes of the process with Keras and the tokenizer, before a model.
         compiled: bytes that compiling takes and leaves.
-        scores: float32 numbers kept for each attention score.
-        capped: as many more for each that has a soft cap.
         widths: numbers as wide as the residual that are kept beyond what norms see.
         copies: whether loading holds a matrix twice, in the file's pages and its own.
         snapshots: whether a checkpoint is copied before it is written.
@@ -43,8 +41,6 @@ class Program:
 
     base: float
     compiled: float
-    scores: float
-    capped: float
     widths: float
     copies: bool
     snapshots: bool
@@ -58,8 +54,6 @@ PROGRAMS = {
     "jax": Program(
         base=0.40e9,
         compiled=0.2e9,
-        scores=5,
-        capped=0.5,
         widths=2,
         copies=True,
         snapshots=False,
@@ -68,8 +62,6 @@ PROGRAMS = {
     "torch": Program(
         base=0.65e9,
         compiled=0,
-        scores=1,
-        capped=2,
         widths=0,
         copies=False,
         snapshots=True,
@@ -78,8 +70,6 @@ PROGRAMS = {
     "tensorflow": Program(
         base=0.80e9,
         compiled=0.65e9,
-        scores=2,
-        capped=2,
         widths=2,
         copies=True,
         snapshots=True,
@@ -299,17 +289,14 @@ class _Step:
         model, c = self.model, self.compute
         queries = model.num_query_heads * model.head_dim
         keys = model.num_kv_heads * model.head_dim
-        width, ffn, scores = model.hidden_dim, model.ffn_dim, self.scores
-        program = self.program
+        width, ffn, program = model.hidden_dim, model.ffn_dim, self.program
         kept = c * (queries + 2 * keys + 2 * ffn + program.widths * width)
-        kept += 4 * program.scores * scores + (c * scores if c != 4 else 0)
+        kept += 2 * 4 * model.num_query_heads  # the largest score and their sum
         kept += 2 * 4 * width  # what norms saw
         if model.use_post_norms:
             kept += 2 * 4 * width
         if model.use_qk_norm:
             kept += 4 * (queries + keys)
-        if model.attn_logit_soft_cap is not None:
-            kept += 4 * program.capped * scores
         return kept + self._of_inputs(queries)
 
     def _of_inputs(self, queries):
@@ -331,7 +318,9 @@ class _Step:
     def work(self):
         """The most that a block holds beyond what it keeps."""
         model = self.model
-        attention = 3 * 4 * self.scores
+        # Scores, weights and their slopes, in the backward pass; bent ones too.
+        capped = model.attn_logit_soft_cap is not None
+        attention = (4 + capped) * 4 * self.scores
         ffn = 4 * self.compute * model.ffn_dim
         work = max(attention, ffn)
         if self.run.remat:

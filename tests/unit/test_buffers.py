@@ -36,7 +36,7 @@ def same(copy, array):
     rows=st.integers(1, 300),
     columns=st.integers(1, 80),
     dtype=st.sampled_from(DTYPES),
-    form=st.sampled_from(["plain", "transposed", "strided", "misaligned"]),
+    form=st.sampled_from(["plain", "transposed", "strided", "misaligned", "heads"]),
 )
 def test_a_copy_is_the_array(rows, columns, dtype, form):
     array = numbered((rows, columns), dtype)
@@ -44,6 +44,11 @@ def test_a_copy_is_the_array(rows, columns, dtype, form):
         array = array.T
     elif form == "strided":
         array = array[:, ::2]
+    elif form == "heads":
+        # [out, heads, size], as [heads, out, size] and as [heads, size, out].
+        split = numbered((rows, columns, 2), dtype)
+        same(buffers.aligned_copy(split.transpose(1, 0, 2)), split.transpose(1, 0, 2))
+        array = split.transpose(1, 2, 0)
     elif form == "misaligned":
         held = np.empty(array.nbytes + 1, np.uint8)
         held[1:] = array.view(np.uint8).ravel()
