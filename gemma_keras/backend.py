@@ -63,6 +63,23 @@ def tensor_from_array(array, dtype):
     return tf.cast(tf.bitcast(tensor, tf.bfloat16) if bfloat16 else tensor, dtype)
 
 
+def tensor_in_parts(array, dtype, layout):
+    """A tensor of a numpy array, each device's part copied onto it alone (JAX).
+
+    Args:
+        array: may be a view.
+        dtype: of the tensor.
+        layout: a `keras.distribution.TensorLayout`.
+    """
+    parts = jax.make_array_from_callback(
+        # XLA may take over memory that it is given, and a file's would not stay.
+        array.shape,
+        layout.backend_layout,
+        lambda part: np.array(array[part]),
+    )
+    return parts.astype(dtype)
+
+
 def all_finite(tensor):
     """Whether no element is NaN or infinite, found without a copy of the tensor."""
     if NAME == "torch":

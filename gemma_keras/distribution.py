@@ -4,13 +4,17 @@ The layout is Megatron's plan (Shoeybi et al. 2019, arXiv:1909.08053): projectio
 a block are divided by their outputs, those out of it by their inputs, so that a block
 needs one sum over the devices after attention and one after the feed-forward. Along the
 data axis every weight is divided too, as ZeRO does, and gathered where it is used.
+
+Codes of quantised weights lie as rows of outputs, and are divided by them everywhere:
+two columns share a byte of int4, so that a run of bytes is no run of columns.
 """
 
 import keras
 
 from gemma_keras import backend
 
-INTO = "query|key|value|ffw_gating|ffw_gating_2"
+INTO = "query|ffw_gating|ffw_gating_2"
+KEYS = "key|value"
 OUT_OF = "attention_output|ffw_linear"
 
 
@@ -20,14 +24,21 @@ def layout_map(
     data_parallel_dim_name="batch",
     config=None,
 ):
-    """A `keras.distribution.LayoutMap` for every weight and low-rank factor.
+    """A `keras.distribution.LayoutMap` for weights, codes and low-rank factors.
+
+    Whole on each device, being small, are norms; the scales and offsets of codes, but
+    for their rows; and those sides of low-rank factors that meet no divided one.
+
+    The axes must divide the sizes of the model, as those of Gemma are by powers of two.
 
     Args:
         device_mesh: a `keras.distribution.DeviceMesh`.
         model_parallel_dim_name: the mesh's axis over which products are divided.
         data_parallel_dim_name: the axis over which a batch is divided.
-        config: a `GemmaConfig`; with it, keys and values are whole on each device if
-            their heads cannot be divided among them, as the one head of Gemma 2B.
+        config: a `GemmaConfig`; with it, keys and values are divided by their heads,
+            or whole on each device if these cannot be divided among them, as the one
+            head of Gemma 2B. Without it nobody knows, and their weights are divided
+            by inputs: no head is cut, for one more sum over the devices in a block.
 
     Raises:
         ValueError: the mesh has no such axis.
@@ -40,19 +51,60 @@ def layout_map(
                 f"The device mesh has no axis {name!r}; it has {sorted(axes)}. Name "
                 "the axes of your mesh in the call."
             )
+    heads = None if config is None else config.num_kv_heads
+    plan = _plan(model_dim, data_dim, heads, axes[model_dim])
     layouts = keras.distribution.LayoutMap(device_mesh)
-    layouts["token_embedding/embeddings"] = (model_dim, data_dim)
-    if config is not None and config.num_kv_heads % axes[model_dim]:
-        # A head cut in pieces would need a sum for every score.
-        layouts[r".*/(query|ffw_gating|ffw_gating_2)/kernel"] = (data_dim, model_dim)
-        layouts[r".*/(key|value)/kernel"] = (data_dim, None)
-        layouts[r".*/(query|ffw_gating|ffw_gating_2)/lora_b"] = (None, model_dim)
-    else:
-        layouts[rf".*/({INTO})/kernel"] = (data_dim, model_dim)
-        layouts[rf".*/({INTO})/lora_b"] = (None, model_dim)
-    layouts[rf".*/({OUT_OF})/kernel"] = (model_dim, data_dim)
-    layouts[rf".*/({OUT_OF})/lora_a"] = (model_dim, None)
+    for pattern, layout in plan.items():
+        layouts[pattern] = layout
     return layouts
+
+
+def _plan(model, data, heads, devices):
+    """Pattern of a path to the axes of what it names; `heads` of keys, None unknown."""
+    # Adapters but the default one have a part of the path to themselves.
+    table, block, adapter = "token_embedding", r".*decoder_block_\d+", "([^/]+/)?"
+    by_heads = heads is not None and heads % devices == 0
+    into = f"{block}/(attention/)?({INTO}{'|' + KEYS if by_heads else ''})"
+    out_of, keys = f"{block}/(attention/)?({OUT_OF})", f"{block}/attention/({KEYS})"
+    plan = {
+        f"{table}/embeddings": (model, data),
+        f"{table}/embeddings_codes": (model, data),
+        f"{table}/embeddings_(scales|offsets)": (model, None),
+        f"{table}/{adapter}lora_a": (model, None),
+        f"{into}/kernel": (data, model),
+        f"{into}/kernel_codes": (model, data),
+        f"{into}/kernel_(scales|offsets)": (model, None),
+        f"{into}/{adapter}lora_b": (None, model),
+        f"{into}/{adapter}lora_magnitude": (model,),
+        f"{out_of}/kernel": (model, data),
+        f"{out_of}/kernel_codes": (model, data),
+        f"{out_of}/kernel_(scales|offsets)": (model, None),
+        f"{out_of}/{adapter}lora_a": (model, None),
+    }
+    if heads is None:
+        plan[f"{keys}/kernel"] = (model, data)
+        plan[f"{keys}/kernel_codes"] = (data, model)
+        plan[f"{keys}/{adapter}lora_a"] = (model, None)
+    elif not by_heads:
+        # A head cut in pieces would need a sum for every score.
+        plan[f"{keys}/kernel"] = (data, None)
+        plan[f"{keys}/kernel_codes"] = (None, data)
+    return plan
+
+
+def is_set():
+    """Whether variables are laid out over devices: JAX, after `set_distribution`."""
+    return backend.NAME == "jax" and keras.distribution.distribution() is not None
+
+
+def fill(variable, array):
+    """Let a variable that is laid out hold a numpy array.
+
+    Each device gets its part alone. Keras puts the whole onto the first one before it
+    divides it, or compiles the array into a program if it is large.
+    """
+    layout = keras.distribution.distribution().get_variable_layout(variable)
+    variable.assign(backend.tensor_in_parts(array, variable.dtype, layout))
 
 
 def parts_of_rows(variable):

@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 
-from gemma_keras import backend, registry
+from gemma_keras import backend, distribution, registry
 from gemma_keras.backbone import GemmaBackbone, random_init
 from gemma_keras.checkpoints import CheckpointError, open_checkpoint
 from gemma_keras.packed import PackedStart, packed_init
@@ -81,7 +81,8 @@ def load_backbone(checkpoint, dtype="auto", packings=None, progress=None):
     """A `GemmaBackbone` whose variables are made of the checkpoint's tensors.
 
     No weight is first filled with something else, so that memory peaks at the model
-    plus one tensor.
+    plus one tensor. Only where weights are laid out over devices they begin as zeros,
+    and each device then reads its part of one tensor after the other.
 
     Args:
         checkpoint: an open `Checkpoint`.
@@ -104,13 +105,16 @@ def load_backbone(checkpoint, dtype="auto", packings=None, progress=None):
         if progress is not None:
             progress(done, total)
 
+    def check(path, tensor, array, dtype):
+        if not backend.all_finite(tensor):
+            raise _not_finite(checkpoint, path, _after_cast(array, dtype))
+        tell(tensor.shape)
+
     def init(path):
         def read(shape, dtype=None):
             array = _array(checkpoint, path, shape)
             tensor = backend.tensor_from_array(array, dtype)
-            if not backend.all_finite(tensor):
-                raise _not_finite(checkpoint, path, _after_cast(array, dtype))
-            tell(shape)
+            check(path, tensor, array, dtype)
             return tensor
 
         def read_packed(shape):
@@ -121,10 +125,18 @@ def load_backbone(checkpoint, dtype="auto", packings=None, progress=None):
         layer, _, name = path.rpartition("/")
         packing = (packings or {}).get(layer)
         if packing is None or name not in ("kernel", "embeddings"):
-            return read
+            return "zeros" if divided else read
         return PackedStart(packing, read_packed)
 
-    return GemmaBackbone(config, dtype=policy, init=init)
+    divided = distribution.is_set()
+    backbone = GemmaBackbone(config, dtype=policy, init=init)
+    paths = config.weight_shapes()
+    for variable in backbone.variables if divided else ():
+        if variable.path in paths:
+            array = _array(checkpoint, variable.path, variable.shape)
+            distribution.fill(variable, array)
+            check(variable.path, variable.value, array, variable.dtype)
+    return backbone
 
 
 def _array(checkpoint, path, shape):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from keras import ops
 
-from gemma_keras import backend
+from gemma_keras import backend, distribution
 from gemma_keras.quantization import Packing, Quantization, pack
 
 # Restored numbers at a time, in bytes of float32: what decoding reads again at once
@@ -55,16 +55,20 @@ class PackedMatrix:
         self.packing, self.shape = packing, tuple(shape)
         self.variables = {}
         self._for_kernels = None
+        divided = arrays is not None and distribution.is_set()
+        begin_empty = arrays is None or divided
         layer._tracker.unlock()
         for name, (size, dtype) in packing.shapes(*shape).items():
             self.variables[name] = layer.add_weight(
                 name=f"{prefix}_{name}",
                 shape=size,
                 dtype=dtype,
-                initializer="zeros" if arrays is None else _reader(arrays[name]),
+                initializer="zeros" if begin_empty else _reader(arrays[name]),
                 trainable=False,
                 autocast=False,
             )
+            if divided:
+                distribution.fill(self.variables[name], arrays[name])
         layer._tracker.lock()
 
     @property
@@ -133,9 +137,12 @@ class PackedMatrix:
             packed = self._packed_for_kernels(parts)
             if packed is not None:
                 return backend.packed_product(x, packed, self.packing.group_size)
-        step = _divisor(rows, (FEW_BYTES if few else MANY_BYTES) // (4 * columns))
-        if step < rows:
-            return self._multiply_in_runs(x, parts, transposed, step)
+        # A run has as many rows of each device's part, where there are several.
+        devices = distribution.parts_of_rows(self.codes)
+        most = (FEW_BYTES if few else MANY_BYTES) // (4 * columns)
+        step = _divisor(rows // devices, most)
+        if step * devices < rows:
+            return self._multiply_in_runs(x, parts, transposed, step, devices)
         # XLA would restore what does not depend on `x` at the beginning of a program,
         # all matrices at once, and keep it for the backward pass.
         parts = (backend.not_before(parts[0], x), *parts[1:])
@@ -152,25 +159,36 @@ class PackedMatrix:
             self._for_kernels = now, packed
         return self._for_kernels[1]
 
-    def _multiply_in_runs(self, x, parts, transposed, step):
-        """As `_multiply`, `step` rows of the matrix at a time."""
-        count = ops.shape(x)[0]
-        made = (count, self.shape[0] if transposed else self.shape[1])
+    def _multiply_in_runs(self, x, parts, transposed, step, devices):
+        """As `_multiply`, `step` rows of each device's part of the matrix at a time."""
+        count, rows = ops.shape(x)[0], self.shape[0] // devices
+        parts = [ops.reshape(p, (devices, rows, p.shape[1])) for p in parts]
+        if transposed:
+            made = ops.zeros((count, devices, rows), dtype="float32")
+        else:
+            made = ops.zeros((count, self.shape[1]), dtype="float32")
+            x = ops.reshape(x, (count, devices, rows))
 
         def turn(state):
             start, made = state
-            run = [ops.slice(p, (start, 0), (step, p.shape[1])) for p in parts]
+            run = [
+                ops.slice(p, (0, start, 0), (devices, step, p.shape[2])) for p in parts
+            ]
+            run = [ops.reshape(p, (devices * step, p.shape[2])) for p in run]
             matrix = self.restored(run, x.dtype)
             if transposed:
-                product = backend.matmul(x, matrix, True)
-                made = backend.write_slots(made, product, start, axis=1)
+                product = ops.reshape(
+                    backend.matmul(x, matrix, True), (count, devices, step)
+                )
+                made = backend.write_slots(made, product, start, axis=2)
             else:
-                share = ops.slice(x, (0, start), (count, step))
+                share = ops.slice(x, (0, 0, start), (count, devices, step))
+                share = ops.reshape(share, (count, devices * step))
                 made = made + ops.cast(backend.matmul(share, matrix), "float32")
             return start + step, made
 
-        state = (backend.counter(0), ops.zeros(made, dtype="float32"))
-        _, made = backend.loop(lambda s: s[0] < self.shape[0], turn, state)
+        _, made = backend.loop(lambda s: s[0] < rows, turn, (backend.counter(0), made))
+        made = ops.reshape(made, (count, -1))
         return ops.cast(made, x.dtype)
 
 

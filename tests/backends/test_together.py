@@ -1,8 +1,8 @@
 """Two processes, or two replicas, train as one does: the same losses and weights.
 
-torch by `torchrun` and gloo, JAX by `jax.distributed`, TensorFlow by a
-`MirroredStrategy` on two logical devices; all on one CPU. The replicas do not have as
-many tokens to learn as each other, so that a mean of means would be another number.
+torch by `torchrun` and gloo, JAX by `jax.distributed` with two devices each, TensorFlow
+by a `MirroredStrategy` on two logical devices; all on one CPU. The replicas do not have
+as many tokens to learn as each other, so that a mean of means would be another number.
 """
 
 import json
@@ -39,6 +39,7 @@ def _commands(out):
     there = {
         "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"localhost:{_free_port()}",
         "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         # Nobody minds that another process may read what one has half written.
         "JAX_ENABLE_COMPILATION_CACHE": "0",
     }
@@ -86,6 +87,22 @@ def test_two_have_the_losses_of_one(found, case):
     for name, expected in one[case].items():
         assert two[case][name] == pytest.approx(expected, rel=1e-5), name
     assert one[case]["loss"][1] < one[case]["loss"][0]
+
+
+def test_a_loop_around_distributed_data_parallel_has_the_losses_of_one(found):
+    if keras.backend.backend() != "torch":
+        pytest.skip("torch's own")
+    (one, _), (two, _) = found
+    assert two["wrapped"]["loss"] == pytest.approx(one["wrapped"]["loss"], rel=1e-5)
+    assert one["wrapped"]["loss"][2] < one["wrapped"]["loss"][0]
+
+
+def test_a_model_divided_among_processes_has_the_losses_of_one(found):
+    if keras.backend.backend() != "jax":
+        pytest.skip("Keras lays models out over devices on JAX only")
+    (one, _), (two, _) = found
+    for name, expected in one["accumulated"].items():
+        assert two["divided"][name] == pytest.approx(expected, rel=1e-5), name
 
 
 def test_two_have_the_weights_of_one(found):

@@ -117,6 +117,49 @@ def another_loss(scope, shard):
     return lm, {}
 
 
+def wrapped(scope, shard):
+    """A loop of torch's own, as Keras documents it; as many tokens in each process."""
+    import torch
+
+    lm = model = small_model(64)
+    if shard[1] > 1:
+        model = torch.nn.parallel.DistributedDataParallel(lm)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    index, count = shard
+    ids = np.random.default_rng(2).integers(4, 64, (4, 9))[index::count]
+    ids = torch.from_numpy(ids)
+    x = {"token_ids": ids[:, :-1], "padding_mask": torch.ones(len(ids), 8).bool()}
+    losses = []
+    for _ in range(3):
+        logits = model(x).flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        mean = loss.detach() / count
+        if count > 1:
+            torch.distributed.all_reduce(mean)
+        losses.append(mean.item())
+    return lm, {"loss": losses}
+
+
+def divided(scope, _):
+    """As `accumulated`, with a model whose weights are divided among processes."""
+    devices = keras.distribution.list_devices()
+    mesh = keras.distribution.DeviceMesh((1, len(devices)), ("batch", "model"))
+    layouts = keras.distribution.ModelParallel(
+        layout_map=GemmaBackbone.get_layout_map(mesh),
+        batch_dim_name="batch",
+        auto_shard_dataset=False,
+    )
+    keras.distribution.set_distribution(layouts)
+    lm, found = accumulated(scope, distribution.shard())
+    kernel = lm.backbone.blocks[0].ffw_linear.kernel.value
+    assert not kernel.is_fully_addressable
+    assert kernel.addressable_shards[0].data.nbytes * len(devices) == kernel.nbytes
+    return lm, found
+
+
 def refused(lm, shard):
     """What is said of shares that are not equal, or of what no replica has."""
     if keras.backend.backend() == "tensorflow":
@@ -159,6 +202,8 @@ def train(kind, out):
     shard = distribution.shard()
     results, weights = {"shards": shard[1]}, {}
     cases = [lora, accumulated]
+    if keras.backend.backend() == "torch":
+        cases.append(wrapped)
     if keras.backend.backend() != "jax":  # whose arrays know of no replicas
         cases.append(another_loss)
     for case in cases:
@@ -169,6 +214,8 @@ def train(kind, out):
     if kind != "alone":
         results["refused"] = refused(lm, shard)
         results["brought_together"] = brought_together()
+    if kind == "processes" and keras.backend.backend() == "jax":
+        results["divided"] = divided(scope, shard)[1]
     if distribution.is_first():
         np.savez(f"{out}.npz", **weights)
         pathlib.Path(f"{out}.json").write_text(json.dumps(results))
