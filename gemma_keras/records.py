@@ -54,8 +54,8 @@ def open_rows(source) -> Rows:
 
     Args:
         source: the path of a file with one of the suffixes in `FILES` (all but
-            `.parquet` may be followed by `.gz`); a dict of columns, or of one row; an
-            iterable of rows, such as a list or a Hugging Face dataset.
+            `.parquet` may be followed by `.gz`); a dict of columns, or of one row; a
+            DataFrame; an iterable of rows, such as a list or a Hugging Face dataset.
 
     Raises:
         DataError: there is no such file, or it is of no kind that is read.
@@ -65,6 +65,8 @@ def open_rows(source) -> Rows:
     if isinstance(source, str | os.PathLike):
         return _open_file(pathlib.Path(source).expanduser(), source)
     name = f"the {type(source).__name__}"
+    if is_frame(source):
+        source = {column: list(source[column]) for column in source.columns}
     if isinstance(source, dict):
         return Rows(name, _dict_rows(source, name), False)
     if isinstance(source, bytes) or not isinstance(source, Iterable):
@@ -73,6 +75,22 @@ def open_rows(source) -> Rows:
             f"dataset, got {type(source).__name__}: {source!r:.80}."
         )
     return Rows(name, (Row(*pair) for pair in enumerate(source)), False)
+
+
+def is_frame(value) -> bool:
+    """Whether this is a DataFrame, which iterates over the names of its columns."""
+    return hasattr(value, "columns") and hasattr(value, "to_dict")
+
+
+def names_file(text: str) -> bool:
+    """Whether a string is the path of a file rather than a text to learn.
+
+    It is if there is such a file, or if it ends as the names of `FILES` do.
+    """
+    if "\n" in text:
+        return False
+    ending = text.lower().removesuffix(".gz")
+    return ending.endswith(FILES) or os.path.exists(os.path.expanduser(text))
 
 
 def is_broken(text: str) -> bool:
@@ -89,13 +107,14 @@ def _dict_rows(columns: dict, name: str) -> Iterator[Row]:
             f"{name} has splits ({', '.join(map(str, columns))}): pass one of them, "
             f"such as data[{first!r}]."
         )
-    values = [v.tolist() if hasattr(v, "tolist") else v for v in values]
+    columns = {key: _plain(value) for key, value in columns.items()}
+    values = list(columns.values())
     rows = _rows_inside(values)
     if rows is not None:
         return (Row(*pair) for pair in enumerate(rows))
     if not values or not all(isinstance(value, list | tuple) for value in values):
         return iter([Row(0, columns)])
-    if any(value and _is_message(value[0]) for value in values):
+    if any(value and is_message(value[0]) for value in values):
         return iter([Row(0, columns)])
     lengths = {key: len(v) for key, v in zip(columns, values, strict=True)}
     if len(set(lengths.values())) > 1:
@@ -103,6 +122,17 @@ def _dict_rows(columns: dict, name: str) -> Iterator[Row]:
         raise DataError(f"{name}: its columns differ in length ({listed}).")
     rows = zip(*values, strict=True)
     return (Row(i, dict(zip(columns, row, strict=True))) for i, row in enumerate(rows))
+
+
+def _plain(value):
+    """A column without arrays, tensors and bytes, which TensorFlow has for text."""
+    if hasattr(value, "numpy"):
+        value = value.numpy()
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list) and value and isinstance(value[0], bytes):
+        return [cell.decode("utf-8", "surrogateescape") for cell in value]
+    return value
 
 
 def _has_rows(value) -> bool:
@@ -115,10 +145,11 @@ def _rows_inside(values: list) -> list | None:
     if len(values) != 1 or not isinstance(values[0], list) or not values[0]:
         return None
     first = values[0][0]
-    return values[0] if isinstance(first, dict) and not _is_message(first) else None
+    return values[0] if isinstance(first, dict) and not is_message(first) else None
 
 
-def _is_message(value) -> bool:
+def is_message(value) -> bool:
+    """Whether this is a message of a chat, rather than a row with columns."""
     return isinstance(value, dict) and bool({"role", "from"} & value.keys())
 
 
