@@ -170,6 +170,27 @@ def detect(row, format: str = "auto", columns: dict[str, str] | None = None) -> 
     return Layout(found, None)
 
 
+def read_columns(assignments) -> dict[str, str] | None:
+    """`["prompt=question"]` as `{"prompt": "question"}`, None if there are none.
+
+    Raises:
+        DataError: one of them is of another form, or names no role, or a role twice.
+    """
+    columns = {}
+    for assignment in assignments or ():
+        role, _, column = assignment.partition("=")
+        if not role or not column:
+            raise DataError(
+                "column: expected ROLE=COLUMN such as prompt=question, got "
+                f"{assignment!r}."
+            )
+        if role in columns:
+            raise DataError(f"column: {role} is given twice.")
+        columns[role] = column
+    _check_roles(columns)
+    return columns or None
+
+
 def _detect_columns(row, format, given) -> Layout:
     _check_given(row, given)
     possible = {}
@@ -188,7 +209,7 @@ def _detect_columns(row, format, given) -> Layout:
         raise DataError(
             f"{what}. Say which is which with format (one of {', '.join(FORMATS)}) "
             "and with columns such as prompt=COLUMN response=COLUMN, text=COLUMN or "
-            "messages=COLUMN."
+            "messages=COLUMN (--column prompt=COLUMN --column response=COLUMN)."
         )
     (name, found), *_ = possible.items()
     doubtful = [role for role, names in found.items() if len(names) > 1]
@@ -203,12 +224,16 @@ def _detect_columns(row, format, given) -> Layout:
     return Layout(name, columns, unused)
 
 
-def _check_given(row, given):
+def _check_roles(given):
     unknown = [role for role in given if role not in _NAMES]
     if unknown:
         raise DataError(
-            f"columns: {unknown[0]!r} is no role; the roles are {', '.join(_NAMES)}."
+            f"column: {unknown[0]!r} is no role; the roles are {', '.join(_NAMES)}."
         )
+
+
+def _check_given(row, given):
+    _check_roles(given)
     absent = [column for column in given.values() if column not in row]
     if absent:
         raise DataError(f"there is no column {absent[0]!r} among {_listed(row)}.")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_keras import records
-from gemma_keras.examples import Example
+from gemma_keras.examples import Example, read_columns
 from gemma_keras.readers import LISTED, read_examples
 from gemma_keras.records import DataError
 
@@ -130,6 +130,14 @@ def test_the_caller_can_say_which_is_which():
 def test_a_choice_that_does_not_fit_is_refused(settings, told):
     with pytest.raises(DataError, match=told):
         read_examples([PAIR], **settings)
+
+
+def test_columns_are_chosen_in_words_too():
+    assert read_columns(["prompt=my=q", "response=a b"]) == {
+        "prompt": "my=q",
+        "response": "a b",
+    }
+    assert read_columns([]) is read_columns(None) is None
 
 
 # ------------------------------------------------------------------- files
