@@ -383,6 +383,80 @@ def test_a_row_of_a_csv_file_with_fields_too_many(tmp_path):
         read_examples(path)
 
 
+BROKEN = [
+    (
+        "data.csv",
+        'prompt,response\na,b\n"a"b,c\n"d\ne"f,g\nc,d\n',
+        ["data.csv:3: not CSV: ", "data.csv:4: not CSV: .* in line 5 "],
+    ),
+    (
+        "data.json",
+        """[{"prompt": "a", "response": "b"},
+        {"prompt": "a, ]} and [", "response": },
+        oops, {"prompt": "c",
+        "response": "d" "e"},
+        {"prompt": "c", "response": "d"}]""",
+        [
+            r"data.json:2 \(item 1\): not JSON: Expecting value",
+            r"data.json:3 \(item 2\): not JSON: Expecting value",
+            r"data.json:3 \(item 3\): not JSON: Expecting ',' delimiter in line 4",
+        ],
+    ),
+    (
+        "commas.json",
+        """[{"prompt": "a", "response": "b"}
+        {"prompt": "x", "response": "y"}, ,
+        {"prompt": "c", "response": "d"},
+        ]""",
+        [
+            r"commas.json:2 \(item 1\): there is no comma in front of it",
+            r"commas.json:2 \(item 2\): not JSON: Expecting value",
+            r"commas.json:4 \(item 4\): a comma with nothing behind it",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+@pytest.mark.parametrize(("name", "text", "told"), BROKEN, ids=[b[0] for b in BROKEN])
+def test_a_broken_row_is_told_or_skipped_and_the_next_is_read(
+    tmp_path, monkeypatch, name, text, told, size
+):
+    monkeypatch.setattr(records, "_CHUNK", size)
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(DataError) as error:
+        read_examples(path)
+    examples = read_examples(path, skip_bad=True)
+    assert pairs(examples) == [("a", "b"), ("c", "d")]
+    assert examples.num_skipped == len(told)
+    for fault, expected in zip(examples.faults, told, strict=True):
+        assert re.match(expected, fault), fault
+        assert fault in str(error.value)
+
+
+@pytest.mark.parametrize("size", [1, 2, 1 << 20])
+def test_numbers_in_an_array_are_read_whole(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(records, "_CHUNK", size)
+    path = tmp_path / "data.json"
+    path.write_text("[12, 345]")
+    assert [row.value for row in records.open_rows(path).rows] == [12, 345]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("data.csv", 'prompt,response\na,b\n"c,d\ne,f\n'),
+        ("data.json", '[{"prompt": "a"},\n\n{"prompt": "b, "response": "c"}]'),
+        ("more.json", '[{"prompt": "a"},\n\n{"prompt": ["b"}]'),
+    ],
+)
+def test_a_row_without_an_end_cannot_be_skipped(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name}:3: .*--skip-bad\) cannot leave it"):
+        read_examples(tmp_path / name, skip_bad=True)
+
+
 def test_many_bad_rows_make_one_message_and_reading_stops(tmp_path):
     path = write(tmp_path / "data.jsonl", PAIR, *[{"prompt": "a"}] * 50)
     with pytest.raises(DataError, match=f"The first {LISTED} bad rows") as error:
@@ -418,9 +492,16 @@ BAD_FILES = {
     "data.docx": (b"PK", "read from files whose names end with .jsonl"),
     "data": (b"{}", "read from files whose names end with .jsonl"),
     "cut.json": (b'[{"text": "a"},\n{"text": "b"', "cut.json:2: not JSON"),
+    "end.json": (b'[{"text": "a"}\n', "end.json:2: not JSON.*never closed"),
+    "nested.json": (b'[{"text": ["a"}, {"text": "b"}]', "'}' in it closes nothing"),
+    "two.json": (b'[{"text": "a"}]\n[{"text": "b"}]', "two.json:2: there is more"),
+    "head.csv": (b'"prompt"x,response\na,b', "head.csv:1: not CSV"),
     "cut2.json": (b'{"text": ["a",\n', "cut2.json:2: not JSON"),
     "number.json": (b"3", "expected a list of rows, got 3"),
-    "bad.csv": (b'prompt,response\na,"b\n', "bad.csv:2: unexpected end of data"),
+    "bad.csv": (
+        b'prompt,response\na,"b\n',
+        "bad.csv:2: a quote .* never closed",
+    ),
     "twice.csv": (b"a,a\n1,2\n", "two columns are called 'a'"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 999)[:-20], "is damaged"),
     "no.jsonl.gz": (b"hello", "is damaged"),
