@@ -81,7 +81,7 @@ class ExampleEncoder:
             TypeError, ValueError: a chat that is none, or text that is no Unicode.
         """
         if example.messages is not None:
-            return self.chat(example.messages)
+            return self.chat(example.messages, example.given)
         if example.text is not None:
             return self.text(example.text)
         if self.as_chat(example):
@@ -117,9 +117,11 @@ class ExampleEncoder:
         learn = [self.loss_on == "all"] * len(first) + [True] * len(second)
         return Sample(first + second, learn, ends)
 
-    def chat(self, messages) -> Sample:
-        """A chat, of which the assistant's turns are learned."""
-        ids, learn = encode_chat_with_mask(self.tokenizer, messages, self.loss_on)
+    def chat(self, messages, given: int = 0) -> Sample:
+        """A chat, of which the assistant's turns behind the `given` are learned."""
+        ids, learn = encode_chat_with_mask(
+            self.tokenizer, messages, self.loss_on, given
+        )
         return Sample(ids, learn, ends=False)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_keras import records
+from gemma_keras.encoding import ExampleEncoder
 from gemma_keras.examples import Example, read_columns
 from gemma_keras.readers import LISTED, read_examples
 from gemma_keras.records import DataError
@@ -21,6 +22,13 @@ PAIR = {"prompt": "What is red?", "response": "A color."}
 CHAT = [
     {"role": "user", "content": "Hello"},
     {"role": "assistant", "content": "Good day."},
+]
+PARTS = [
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": text} for text in ("Hello, ", "you")],
+    },
+    {"role": "assistant", "content": [{"type": "text", "text": "Good day."}]},
 ]
 TURNS = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day."}]
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
@@ -60,6 +68,11 @@ def pairs(examples):
         ({"conversations": TURNS}, "sharegpt", ("Hello", "Good day.")),
         (TURNS, "sharegpt", ("Hello", "Good day.")),
         ({"prompt": "Hello", "messages": CHAT}, "chat", ("Hello", "Good day.")),
+        ({"prompt": "1 + 1", "response": 2}, "pairs", ("1 + 1", "2")),
+        ({"question": 7, "answer": 0.5}, "pairs", ("7", "0.5")),
+        ({**ALPACA, "input": 12, "output": 3}, "alpaca", ("Add.\n\n12", "3")),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "pairs", ("Hello", "Good day.")),
+        ({"messages": PARTS}, "chat", ("Hello,you", "Good day.")),
     ],
     ids=repr,
 )
@@ -76,6 +89,18 @@ def test_roles_of_a_chat_get_the_names_that_the_package_knows():
     (example,) = read_examples([{"conversations": [system, *TURNS]}])
     roles = [message["role"] for message in example.messages]
     assert roles == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_of_a_chat_that_is_a_prompt_no_answer_is_learned(small, system):
+    again = [{"role": "user", "content": "count"}]
+    row = {"prompt": CHAT + again, "completion": CHAT[1:], "system": system}
+    (example,) = read_examples([row])
+    assert example.given == 3 + bool(system)
+    for loss_on, expected in [("response", "last"), ("last", "last"), ("all", "all")]:
+        found = ExampleEncoder(small, loss_on=loss_on)(example)
+        whole = ExampleEncoder(small, loss_on=expected).chat(example.messages)
+        assert found == whole
 
 
 def test_what_is_not_used_is_said():
@@ -315,7 +340,19 @@ BAD = [
     ('{"prompt": "a", "response": " "}', "its response is empty"),
     ('{"prompt": "", "response": "b"}', "its prompt is empty"),
     ('{"prompt": "a", "response": null}', "its response is missing"),
-    ('{"prompt": "a", "response": 3}', "its response is no text but int"),
+    ('{"prompt": "a", "response": true}', "its response is no text but bool"),
+    ('{"prompt": "a", "response": NaN}', "its response is no text but float"),
+    ('{"prompt": "a", "response": [3]}', "its response is no text but list"),
+    (
+        '{"prompt": [{"role": "user", "content": "a"}], "response": "b"}',
+        "its prompt is a list of messages and its response is not",
+    ),
+    (
+        '{"prompt": [{"role": "user", "content": "a"}, '
+        '{"role": "assistant", "content": "b"}], '
+        '"response": [{"role": "user", "content": "c"}]}',
+        "no message of its response is the assistant's",
+    ),
     ('{"prompt": "a", "response": "\\ud800"}', "its response is no valid Unicode"),
     ('"a text"', "expected columns prompt, response, got str"),
     ("[" * 100_000, "its JSON is nested too deeply"),
@@ -341,7 +378,13 @@ USER, MODEL = CHAT
 BAD_CHATS = [
     ([], "at least one user message"),
     ([USER], "no message is the assistant's"),
-    ([MODEL], "Message 0 has the role 'assistant', expected 'user'"),
+    ([MODEL, *CHAT], "its first message is the assistant's, and Gemma was taught"),
+    ([{"from": "gpt", "value": "Hello"}], "its first message is the assistant's"),
+    (
+        [{"role": "user", "content": [{"type": "image", "url": "x"}]}, MODEL],
+        "The content of message 0 has a part of the type 'image': it must be",
+    ),
+    ([{"role": "user", "content": ["Hello"]}, MODEL], "part of the type 'str'"),
     ([USER, USER, MODEL], "Message 1 has the role 'user', expected 'assistant'"),
     ([*CHAT, MODEL], "Message 2 has the role 'assistant', expected 'user'"),
     ([USER, {"role": "tool", "content": "x"}], "message 1 has the role 'tool'"),
