@@ -1,7 +1,8 @@
 """Chats as data, and the form in which Gemma was taught to read them.
 
 A chat is a list of messages, each a dict with a `role` ("system", "user", and
-"assistant" or "model") and a `content`. Gemma knows two roles:
+"assistant" or "model") and a `content`: a string, or a list of parts such as
+`{"type": "text", "text": "Hello"}`. Gemma knows two roles:
 
     <bos><start_of_turn>user
     {content}<end_of_turn>
@@ -141,7 +142,10 @@ def encode_chat(
 
 
 def encode_chat_with_mask(
-    tokenizer: GemmaTokenizer, messages: Sequence[dict], loss_on: str = "response"
+    tokenizer: GemmaTokenizer,
+    messages: Sequence[dict],
+    loss_on: str = "response",
+    given: int = 0,
 ) -> tuple[list[int], list[bool]]:
     """Ids of a whole chat for training, and which of them the model is to learn.
 
@@ -150,6 +154,8 @@ def encode_chat_with_mask(
         messages: the chat.
         loss_on: `"response"` for all of the assistant's turns, `"last"` for the last
             of them, `"all"` for every token.
+        given: so many messages at the beginning are the prompt, whose answers are not
+            learned but with `"all"`.
 
     Returns:
         `ids` as from `encode_chat` without a generation prompt, and `mask`, as long,
@@ -160,7 +166,9 @@ def encode_chat_with_mask(
     """
     check_loss_on(loss_on)
     turns = read_turns(messages)
-    learned = [i for i, turn in enumerate(turns) if turn.role == "model"]
+    # A system message is no turn of its own.
+    first = given - (len(messages) - len(turns))
+    learned = [i for i, t in enumerate(turns) if t.role == "model" and i >= first]
     if loss_on == "last":
         learned = learned[-1:]
     ids, mask = _encode_turns(tokenizer, turns, learned)
@@ -183,12 +191,38 @@ def _role_and_content(index: int, message: dict) -> tuple[str, str]:
             f"Message {index} must be a dict with a role and a content, got "
             f"{message!r:.80}."
         )
-    if not isinstance(message["content"], str):
+    content = read_content(message["content"], index)
+    if not isinstance(content, str):
         raise TypeError(
             f"The content of message {index} must be a string, got "
-            f"{type(message['content']).__name__}: {message['content']!r:.80}."
+            f"{type(content).__name__}: {content!r:.80}."
         )
-    return message["role"], message["content"]
+    return message["role"], content
+
+
+def read_content(content, index: int):
+    """A content given as parts of text as one string; any other as it is.
+
+    As in Gemma 3's own template, white space around each part is dropped, and nothing
+    is put between them.
+
+    Args:
+        content: of a message.
+        index: the message's, for what is told of it.
+
+    Raises:
+        TypeError: a part is no text, such as an image.
+    """
+    if not isinstance(content, list | tuple) or not content:
+        return content
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise TypeError(
+                f"The content of message {index} has a part of the type {kind!r}: it "
+                'must be a string, or parts such as {"type": "text", "text": "Hello"}.'
+            )
+    return "".join(part["text"].strip() for part in content)
 
 
 def _encode_turns(

@@ -16,6 +16,7 @@ import typer
 import gemma_keras
 from gemma_keras.backend_choice import Backend, choose_backend
 from gemma_keras.console import SHOW_CURSOR, loading, message, say
+from gemma_keras.examples import read_columns
 from gemma_keras.quantization import MODES
 
 # Exit status of a process that Ctrl-C ended, as shells have it.
@@ -76,6 +77,20 @@ AdapterOption = Annotated[
         "Adapter, as PEFT or `gemma-keras sft` writes it: its directory, or a handle."
     ),
 ]
+
+
+ColumnOption = Annotated[
+    list[str] | None,
+    option("ROLE=COLUMN where the names do not tell; may be given several times."),
+]
+
+
+def columns_of(assignments):
+    """What `--column` says, as `read_examples` takes it; a wrong command line else."""
+    try:
+        return read_columns(assignments)
+    except ValueError as error:
+        raise typer.BadParameter(f"--{error}") from None
 
 
 @dataclasses.dataclass

@@ -4,6 +4,7 @@ Only the tokenizer of a model is loaded, and no tensor library.
 """
 
 import enum
+import itertools
 import sys
 from typing import Annotated
 
@@ -11,8 +12,9 @@ import typer
 
 from gemma_keras import checkpoints, registry
 from gemma_keras.chat import LOSS_ON
-from gemma_keras.cli_base import command, option
+from gemma_keras.cli_base import ColumnOption, columns_of, command, option
 from gemma_keras.console import say, table
+from gemma_keras.encoding import TEMPLATES, encoder_for
 from gemma_keras.examples import FORMATS
 
 data_app = typer.Typer(
@@ -20,6 +22,7 @@ data_app = typer.Typer(
 )
 
 Format = enum.StrEnum("Format", {name.upper(): name for name in ("auto", *FORMATS)})
+Template = enum.StrEnum("Template", {name.upper(): name for name in TEMPLATES})
 LossOn = enum.StrEnum("LossOn", {name.upper(): name for name in LOSS_ON})
 
 DEFAULT_LENGTH = 1024
@@ -27,31 +30,17 @@ DEFAULT_LENGTH = 1024
 MARKS = ("{+", "+}")
 
 
-def read_columns(assignments):
-    """`["prompt=question"]` as `{"prompt": "question"}`, None if there are none."""
-    columns = {}
-    for assignment in assignments or ():
-        role, equals, column = assignment.partition("=")
-        if not equals or not role or not column:
-            raise typer.BadParameter(
-                f"--column: expected ROLE=COLUMN such as prompt=question, got "
-                f"{assignment!r}."
-            )
-        columns[role] = column
-    return columns or None
-
-
 @command(
     "gemma-keras data preview train.jsonl --preset gemma_tiny_instruct_en\n"
-    "gemma-keras data preview qa.csv --preset gemma_2b_en --column prompt=ask "
-    "--column response=reply",
+    "gemma-keras data preview qa.csv more.csv --preset gemma_2b_en "
+    "--column prompt=ask --column response=reply",
     group=data_app,
 )
 def preview(
-    file: Annotated[
-        str,
+    files: Annotated[
+        list[str],
         typer.Argument(
-            metavar="FILE",
+            metavar="FILE...",
             help="Training data: .jsonl, .json, .csv, .tsv, .txt (also .gz), .parquet.",
         ),
     ],
@@ -61,10 +50,7 @@ def preview(
     format: Annotated[
         Format, option("How the rows are laid out; told by the columns by default.")
     ] = Format.AUTO,
-    column: Annotated[
-        list[str] | None,
-        option("ROLE=COLUMN where the names do not tell; may be given several times."),
-    ] = None,
+    column: ColumnOption = None,
     sequence_length: Annotated[
         int | None, option("Longest example in tokens; the model's, or 1024.", min=1)
     ] = None,
@@ -72,13 +58,12 @@ def preview(
         LossOn,
         option("Learn every response (default), the last of a chat, or all tokens."),
     ] = LossOn.RESPONSE,
-    chat_template: Annotated[
-        bool | None,
+    template: Annotated[
+        Template,
         option(
-            "Write pairs as chats, or as text; as the model's kind is by default.",
-            "--chat-template/--no-chat-template",
+            "Write pairs as turns of a chat or as plain text; auto goes by the model."
         ),
-    ] = None,
+    ] = Template.AUTO,
     examples: Annotated[int, option("Show so many; 3 by default.", min=0)] = 3,
     packing: Annotated[
         bool, option("Count packed rows (default), or not.", "--packing/--no-packing")
@@ -94,21 +79,20 @@ def preview(
     """
     # Here, since numpy costs every start of every command.
     from gemma_keras.data_report import DataReport
-    from gemma_keras.encoding import ExampleEncoder
     from gemma_keras.readers import read_examples
 
-    columns = read_columns(column)
-    # The whole file is looked at, also where a run would stop.
-    found = read_examples(file, format.value, columns=columns, skip_bad=True)
-    print(found.description)
+    # The whole files are looked at, also where a run would stop.
+    reading = {"columns": columns_of(column), "skip_bad": True}
+    found = [read_examples(file, format.value, **reading) for file in files]
+    print("\n".join(each.description for each in found))
     tokenizer, settings = read_tokenizer(preset)
-    encoder = ExampleEncoder(
+    encoder = encoder_for(
+        preset,
         tokenizer,
-        settings.get("add_start_token", True),
-        settings.get("add_end_token", True),
+        template.value,
+        add_start_token=settings.get("add_start_token", True),
+        add_end_token=settings.get("add_end_token", True),
         loss_on=loss_on.value,
-        chat_template="auto" if chat_template is None else chat_template,
-        instruct=registry.is_instruct(preset),
     )
     length = sequence_length or settings.get("sequence_length") or DEFAULT_LENGTH
     report = DataReport(found, encoder, length)
@@ -145,9 +129,9 @@ def show_examples(report, count):
     tokenizer, encoded = report.encoder.tokenizer, report.encoded
     for i in range(min(count, len(encoded))):
         ids, learn = encoded[i]
-        example = report.examples[encoded.sources[i]]
-        whole = report.encoder(example)
-        place = report.examples.place(example)
+        source = encoded.sources[i]
+        whole = report.encoder(report.examples[source])
+        place = report.place(source)
         cut = f", cut from {len(whole.ids)}" if any(whole.learn[len(ids) :]) else ""
         # The first is never predicted, whatever the mask says.
         learn = [False, *learn[1:]]
@@ -161,17 +145,18 @@ def show_examples(report, count):
 
 def show_warnings(report, skip_bad):
     """Prints what is wrong; ends with status 1 if a run would stop at it."""
-    found = report.examples
+    skipped = sum(each.num_skipped for each in report.sources)
     for line in report.warnings:
         print(f"Warning: {line}")
-    if found.num_skipped:
-        print(f"Warning: bad rows: {found.num_skipped:,}, the first of them:")
-        print("\n".join(f"  {fault}" for fault in found.faults))
+    if skipped:
+        print(f"Warning: bad rows: {skipped:,}, the first of them:")
+        faults = itertools.chain(*(each.faults for each in report.sources))
+        print("\n".join(f"  {fault}" for fault in faults))
     if not len(report.encoded):
         raise ValueError("No example has anything to learn.")
-    if found.num_skipped and not skip_bad:
+    if skipped and not skip_bad:
         sys.stdout.flush()
         say("Training would stop at the bad rows; --skip-bad leaves them out.")
         raise typer.Exit(1)
-    if not report.warnings and not found.num_skipped:
+    if not report.warnings and not skipped:
         print("No warnings.")

@@ -8,8 +8,16 @@ from typing import Annotated
 import typer
 
 from gemma_keras.chat import LOSS_ON
-from gemma_keras.cli_base import Json, Model, option, start_keras_on
+from gemma_keras.cli_base import (
+    ColumnOption,
+    Json,
+    Model,
+    columns_of,
+    option,
+    start_keras_on,
+)
 from gemma_keras.console import bars, say, table
+from gemma_keras.encoding import TEMPLATES
 from gemma_keras.examples import FORMATS, Example
 from gemma_keras.readers import read_examples
 
@@ -32,6 +40,7 @@ def eval(
     format: Annotated[
         str, option("What the rows are.", metavar=f"<auto|{'|'.join(FORMATS)}>")
     ] = "auto",
+    column: ColumnOption = None,
     template: Annotated[
         str,
         option(
@@ -58,6 +67,9 @@ def eval(
         ),
     ] = None,
     batch_size: Annotated[int, option("Windows at a time; 8 by default.", min=1)] = 8,
+    skip_bad: Annotated[
+        bool, option("Leave bad rows out and count them.", "--skip-bad")
+    ] = False,
     as_json: Json = False,
 ):
     """Measure how well a model predicts a text, or the answers of examples.
@@ -66,11 +78,12 @@ def eval(
     """
     for name, value, allowed in (
         ("--format", format, ("auto", *FORMATS)),
-        ("--template", template, ("auto", "chat", "text")),
+        ("--template", template, TEMPLATES),
         ("--loss-on", loss_on, LOSS_ON),
     ):
         if value not in allowed:
             raise typer.BadParameter(f"{name} must be one of {', '.join(allowed)}.")
+    reading = {"columns": columns_of(column), "skip_bad": skip_bad}
     start_keras_on(model.backend)
     from gemma_keras import evaluation
     from gemma_keras.loading import load_preprocessor, open_source
@@ -86,10 +99,10 @@ def eval(
             preprocessor, model.source, template, loss_on=loss_on, **settings
         )
 
-    samples, texts = read_samples(file, format, encoder_of)
+    samples, texts = read_samples(file, encoder_of, format, **reading)
     lm = model.load()
     scorer = evaluation.Scorer(lm, window=window, stride=stride, batch_size=batch_size)
-    with reading() as progress:
+    with display_of_windows() as progress:
         found = evaluation.perplexity(scorer, samples, texts, progress)
     facts = {"source": model.source, "adapter": model.adapter}
     facts |= {"file": str(file), **found.as_dict()}
@@ -100,14 +113,16 @@ def eval(
     table(["", ""], rows(facts), header=False)
 
 
-def read_samples(file, format, encoder_of):
+def read_samples(file, encoder_of, format, **settings):
     """What is scored of a file: encoded samples, and their texts if they are texts."""
     if format in ("auto", "text") and file.suffix == ".txt":
         texts = [file.read_text("utf-8")]
         examples = [Example("text", text=texts[0])]
     else:
-        examples = read_examples(file, format)
+        examples = read_examples(file, format, **settings)
         say(examples.description)
+        for fault in examples.faults:
+            say(f"  skipped: {fault}")
         whole = all(example.text is not None for example in examples)
         texts = [example.text for example in examples] if whole else None
     encoder = encoder_of(add_end_token=texts is None)
@@ -115,7 +130,7 @@ def read_samples(file, format, encoder_of):
 
 
 @contextlib.contextmanager
-def reading():
+def display_of_windows():
     """Shows how far the scoring is; yields a function of windows done and in all."""
     from rich.progress import (
         BarColumn,

@@ -1,5 +1,6 @@
 """What `fit()` and `generate()` take: text, pairs and chats, sorted and made arrays."""
 
+import itertools
 import os
 
 import keras
@@ -8,6 +9,7 @@ import numpy as np
 from gemma_keras.examples import Example
 from gemma_keras.packing import EpochDataset
 from gemma_keras.readers import read_examples
+from gemma_keras.records import DataError, is_frame, is_message, names_file
 
 
 def is_raw(x):
@@ -17,8 +19,7 @@ def is_raw(x):
     if isinstance(x, str | bytes):
         return True
     if hasattr(x, "dtype"):
-        # Text in numpy is object, str or bytes; in TensorFlow it is string.
-        return getattr(x.dtype, "kind", "") in "OSU" or x.dtype == "string"
+        return is_text_array(x)
     if isinstance(x, list | tuple) and x:
         if isinstance(x[0], dict) and "token_ids" in x[0]:
             return False  # a batch of arrays, with its targets
@@ -27,14 +28,144 @@ def is_raw(x):
     return False
 
 
+def is_text_array(x):
+    """Whether an array or a tensor, of one element or many, is of text."""
+    # In numpy that is object, str or bytes; in TensorFlow it is string.
+    return getattr(x.dtype, "kind", "-") in "OSU" or x.dtype == "string"
+
+
+def holds_text(x):
+    """Whether there is text in `x`: in a cell, or in the first row of a column."""
+    if isinstance(x, dict):
+        return any(map(holds_text, x.values()))
+    if isinstance(x, list | tuple):
+        return bool(x) and holds_text(x[0])
+    return isinstance(x, str | bytes) or (hasattr(x, "dtype") and is_text_array(x))
+
+
+def is_row(x):
+    """Whether `x` is one example, not a batch: a text, a chat, or a dict of cells."""
+    if isinstance(x, dict):
+        return any(map(is_row, x.values()))
+    if isinstance(x, list | tuple):
+        return bool(x) and is_message(x[0])
+    if hasattr(x, "dtype"):
+        return is_text_array(x) and len(x.shape) == 0
+    return isinstance(x, str | bytes | Example)
+
+
+def is_table(x):
+    """Whether `x` is rows or columns of text which the preprocessor does not know."""
+    if is_frame(x):
+        return any(is_text_array(x[name]) for name in x.columns)
+    if isinstance(x, dict):
+        known = "prompts" in x and not is_row(x["prompts"])
+        if known and (len(x) == 1 or "responses" in x):
+            return False
+        # Of a dict of splits, the reader says that one must be chosen.
+        return any(map(_is_hugging_face, x.values())) or holds_text(x)
+    if not isinstance(x, list | tuple) or not x or is_message(x[0]):
+        return False
+    return all(isinstance(row, dict) for row in x) and holds_text(x[0])
+
+
+def read_rows(x, batch_rows=None):
+    """`x` as checked examples, if it is rows or columns of text; else as it is.
+
+    That is the path of a file, a dict of columns, a list of dicts, a DataFrame, a
+    Hugging Face dataset, or whatever else yields rows.
+
+    Args:
+        x: anything that `fit` may get.
+        batch_rows: have something without a length stay a stream, of batches of so many
+            rows, each checked when its turn comes; None reads all of it.
+
+    Raises:
+        DataError: there is no such file, several are named, or rows are bad.
+    """
+    if _is_path(x):
+        return _read_file(x)
+    if isinstance(x, list | tuple) and x and all(map(_is_path, x)):
+        reading = " + ".join(f"read_examples({os.fspath(path)!r})" for path in x[:2])
+        raise DataError(
+            "Files are read one at a time, and a list of strings is a list of texts: "
+            f"pass {reading}{' + ...' if len(x) > 2 else ''}"
+        )
+    if is_table(x):
+        return read_examples(x)
+    if not _is_stream(x):
+        return x
+    first, x = _peek(x)
+    if not is_row(first):
+        return x
+    if batch_rows is None or hasattr(x, "__len__"):
+        return read_examples(x)
+    return RowBatches(x, batch_rows)
+
+
+def _is_path(x):
+    return isinstance(x, os.PathLike) or (isinstance(x, str) and names_file(x))
+
+
+def _read_file(path):
+    if isinstance(path, str) and not os.path.exists(os.path.expanduser(path)):
+        raise DataError(
+            f"{path}: there is no such file. If this is a text to learn, pass it in a "
+            "list of texts."
+        )
+    return read_examples(path)
+
+
+def _is_stream(x):
+    """Whether only its first element tells if `x` yields rows or batches."""
+    if _is_hugging_face(x):
+        return True
+    return is_dataset(x) and not hasattr(x, "__len__") and not is_grain_stream(x)
+
+
+def _is_hugging_face(x):
+    """Whether this is a dataset of Hugging Face, in memory or streamed."""
+    return hasattr(x, "column_names") and hasattr(x, "__iter__")
+
+
+def _peek(x):
+    """What `x` yields first, or None, and `x` with that still in it."""
+    rows = iter(x)
+    first = next(rows, None)
+    if rows is iter(x):
+        return first, x if first is None else itertools.chain([first], rows)
+    return first, x
+
+
+class RowBatches:
+    """Lists of so many rows of a stream, which may be read anew if the stream may."""
+
+    def __init__(self, rows, size):
+        self.rows, self.size = rows, size
+
+    def __iter__(self):
+        rows = iter(self.rows)
+        while batch := list(itertools.islice(rows, self.size)):
+            yield batch
+
+
 def is_dataset(x):
     """Whether `x` yields batches by itself: tf.data, a DataLoader, a generator, ..."""
-    if isinstance(x, keras.utils.PyDataset):
+    if isinstance(x, keras.utils.PyDataset) or _is_hugging_face(x):
         return True
     known = str | bytes | dict | list | tuple | os.PathLike
     if isinstance(x, known) or hasattr(x, "shape"):
         return False
     return hasattr(x, "__iter__")
+
+
+def has_own_order(x):
+    """Whether `x`, as `prepare` gives it, comes in one order, whatever Keras asks."""
+    if isinstance(x, PreprocessedDataset):
+        return not x.indexed
+    if isinstance(x, keras.utils.PyDataset):
+        return isinstance(x, EpochDataset)
+    return is_dataset(x)
 
 
 def size(x):
@@ -127,28 +258,42 @@ def prepare_dataset(dataset, preprocessor, endless):
     def batches():
         again = True
         while again:
+            again = False
             for batch in dataset:
                 yield prepare_batch(batch, preprocessor)
-            again = endless and iter(dataset) is not dataset
+                again = endless
+            again = again and iter(dataset) is not dataset
 
     return batches()
 
 
 def prepare_batch(batch, preprocessor):
-    """One batch of a dataset as `(x, y, sample_weight)` if it is raw, else itself."""
+    """One batch of a dataset as `(x, y, sample_weight)` if it is raw, else itself.
+
+    Raises:
+        DataError: it is no batch but a row; or rows are bad.
+    """
     x = batch[0] if isinstance(batch, tuple) and len(batch) == 1 else batch
+    if is_row(x):
+        raise DataError(
+            f"A dataset has to yield batches, got one example: {x!r:.80}. Have it make "
+            "batches: .batch(8) of tf.data or Grain, batch_size=8 of a DataLoader, and "
+            "collate_fn=list for chats. Or pass read_examples(dataset)."
+        )
+    if is_table(x):
+        x = read_examples(x)
     return preprocessor(x) if is_raw(x) else batch
 
 
-def prepare(x, y, sample_weight, preprocessor, endless=False):
+def prepare(x, y, sample_weight, preprocessor, endless=False, batch_rows=None):
     """`(x, y, sample_weight)` as Keras takes them, from anything that `fit` may get.
 
-    `endless` says that a dataset without a length may be read again and again.
+    `endless` says that a dataset without a length may be read again and again, and
+    `batch_rows` is as in `read_rows`.
     """
     if preprocessor is None or x is None or isinstance(x, EpochDataset):
         return x, y, sample_weight
-    if isinstance(x, os.PathLike):
-        x = read_examples(x)
+    x = read_rows(x, batch_rows)
     if is_dataset(x):
         return prepare_dataset(x, preprocessor, endless), y, sample_weight
     if not is_raw(x):
@@ -158,7 +303,7 @@ def prepare(x, y, sample_weight, preprocessor, endless=False):
             "Targets come from the text itself: pass raw text as x alone, or token "
             "ids as x with y and sample_weight."
         )
-    return preprocessor([x] if isinstance(x, str | bytes) else x)
+    return preprocessor([x] if is_row(x) else x)
 
 
 def read_prompts(inputs):

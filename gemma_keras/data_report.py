@@ -36,26 +36,37 @@ class DataReport:
     """Encodes examples and looks at each on the way.
 
     Args:
-        examples: as from `read_examples`.
+        sources: what `read_examples` gave of each file.
         encoder: says how they are encoded.
         sequence_length: T, the most tokens that an example may have as input.
 
     Attributes:
+        sources: as given.
+        examples: those of all sources, in order.
         encoded: the `EncodedExamples`; too long ones are cut.
         found: for each kind of trouble, the indices of examples that have it.
     """
 
     def __init__(
-        self, examples: Examples, encoder: ExampleEncoder, sequence_length: int
+        self, sources: list[Examples], encoder: ExampleEncoder, sequence_length: int
     ):
-        self.examples, self.encoder = examples, encoder
+        self.sources, self.encoder = sources, encoder
+        self.examples = list(itertools.chain(*sources))
         self.found: dict[str, array.array] = collections.defaultdict(
             lambda: array.array("q")
         )
         self._seen: set[bytes] = set()
         self.num_chats = 0
-        samples = (self._look(i, example) for i, example in enumerate(examples))
+        samples = (self._look(i, example) for i, example in enumerate(self.examples))
         self.encoded = EncodedExamples(samples, sequence_length, "cut")
+
+    def place(self, index: int) -> str:
+        """Where an example comes from, such as `train.jsonl:7`."""
+        for source in self.sources:
+            if index < len(source):
+                return source.place(source[index])
+            index -= len(source)
+        raise IndexError(f"there are only {len(self.examples)} examples.")
 
     def _look(self, index: int, example: Example) -> Sample:
         sample = self.encoder(example)
@@ -126,8 +137,7 @@ class DataReport:
         return lines
 
     def _places(self, indices) -> str:
-        examples = self.examples
-        named = [examples.place(examples[i]) for i in indices[:_NAMED]]
+        named = [self.place(i) for i in indices[:_NAMED]]
         more = ", ..." if len(indices) > _NAMED else ""
         kind = "example" if len(indices) == 1 else "examples"
         return f"{len(indices):,} {kind} ({', '.join(named)}{more})"

@@ -12,11 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gemma_keras import registry
 from gemma_keras.chat import check_loss_on, encode_chat_with_mask
 from gemma_keras.examples import Example
 from gemma_keras.tokenizer import START_OF_TURN, GemmaTokenizer
 
 TOO_LONG = ("cut", "drop", "error")
+# What the commands call the choices of `chat_template`.
+TEMPLATES = {"auto": "auto", "chat": True, "text": False}
 # How an instruction is put to a model that is not to see turns.
 _INSTRUCTION = "Instruction:\n{0}\n\nResponse:\n"
 
@@ -68,7 +71,7 @@ class ExampleEncoder:
         if self.chat_template is True and self.tokenizer.start_of_turn_id is None:
             raise ValueError(
                 f"{self.tokenizer} has no {START_OF_TURN}: it cannot write chats. Pass "
-                "chat_template=False."
+                "chat_template=False (--template text)."
             )
 
     def __call__(self, example: Example) -> Sample:
@@ -78,7 +81,7 @@ class ExampleEncoder:
             TypeError, ValueError: a chat that is none, or text that is no Unicode.
         """
         if example.messages is not None:
-            return self.chat(example.messages)
+            return self.chat(example.messages, example.given)
         if example.text is not None:
             return self.text(example.text)
         if self.as_chat(example):
@@ -114,10 +117,29 @@ class ExampleEncoder:
         learn = [self.loss_on == "all"] * len(first) + [True] * len(second)
         return Sample(first + second, learn, ends)
 
-    def chat(self, messages) -> Sample:
-        """A chat, of which the assistant's turns are learned."""
-        ids, learn = encode_chat_with_mask(self.tokenizer, messages, self.loss_on)
+    def chat(self, messages, given: int = 0) -> Sample:
+        """A chat, of which the assistant's turns behind the `given` are learned."""
+        ids, learn = encode_chat_with_mask(
+            self.tokenizer, messages, self.loss_on, given
+        )
         return Sample(ids, learn, ends=False)
+
+
+def encoder_for(source, tokenizer, template="auto", **settings) -> ExampleEncoder:
+    """An `ExampleEncoder` that writes pairs as the model behind `source` reads them.
+
+    Args:
+        source: preset name, path or handle, which tells whether the model answers.
+        tokenizer: of the model.
+        template: one of `TEMPLATES`; `"auto"` goes by what the source tells.
+        **settings: the encoder's other arguments.
+    """
+    return ExampleEncoder(
+        tokenizer,
+        chat_template=TEMPLATES[template],
+        instruct=registry.is_instruct(source),
+        **settings,
+    )
 
 
 class EncodedExamples:

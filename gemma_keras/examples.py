@@ -3,7 +3,8 @@
 | format   | a row                                                          |
 | -------- | -------------------------------------------------------------- |
 | text     | a string; or a column `text`                                   |
-| pairs    | `prompt` and `response`, or their other names                  |
+| pairs    | `prompt` and `response`, or their other names: texts, or       |
+|          | lists of messages, of which the response's alone are learned   |
 | alpaca   | `instruction`, `output`, and perhaps `input`                   |
 | chat     | `messages`: dicts of `role` and `content`                      |
 | sharegpt | `conversations`: dicts of `from` and `value`                   |
@@ -13,9 +14,10 @@ All but the first may have a column `system`.
 
 import dataclasses
 import json
+import math
 
-from gemma_keras.chat import read_turns
-from gemma_keras.records import DataError, is_broken
+from gemma_keras.chat import read_content, read_turns
+from gemma_keras.records import DataError, is_broken, is_message
 
 FORMATS = ("text", "pairs", "alpaca", "chat", "sharegpt")
 
@@ -57,7 +59,8 @@ _ROLES = {
 class Example:
     """One thing to learn: a text, or a prompt and its response, or a chat.
 
-    Of `text`, `prompt` with `response`, and `messages`, one is set.
+    Of `text`, `prompt` with `response`, and `messages`, one is set. Of the messages the
+    first `given` are a prompt.
     """
 
     format: str  # one of FORMATS
@@ -65,6 +68,7 @@ class Example:
     prompt: str | None = None
     response: str | None = None
     messages: tuple[dict, ...] | None = None
+    given: int = 0
     number: int | None = None  # its row, as `Examples.place` takes it
 
     @property
@@ -111,11 +115,14 @@ class Layout:
         if self.format in ("chat", "sharegpt"):
             messages = _read_messages(main, system)
             return Example(self.format, messages=messages, number=number)
-        prompt = _checked(cells[_NEEDED[self.format][0]], _NEEDED[self.format][0])
+        if self.format == "pairs" and _has_messages(cells["prompt"]):
+            return _read_prompted(cells["prompt"], cells["response"], system, number)
+        role = _NEEDED[self.format][0]
+        prompt = _checked(_as_text(cells[role]), role)
         for extra, joined in (("input", "{0}\n\n{1}"), ("system", "{1}\n\n{0}")):
             if _filled(cells.get(extra)):
-                prompt = joined.format(prompt, _checked(cells[extra], extra))
-        response = _checked(cells["response"], "response")
+                prompt = joined.format(prompt, _checked(_as_text(cells[extra]), extra))
+        response = _checked(_as_text(cells["response"]), "response")
         return Example(self.format, prompt=prompt, response=response, number=number)
 
     def _cells(self, row) -> dict:
@@ -170,6 +177,27 @@ def detect(row, format: str = "auto", columns: dict[str, str] | None = None) -> 
     return Layout(found, None)
 
 
+def read_columns(assignments) -> dict[str, str] | None:
+    """`["prompt=question"]` as `{"prompt": "question"}`, None if there are none.
+
+    Raises:
+        DataError: one of them is of another form, or names no role, or a role twice.
+    """
+    columns = {}
+    for assignment in assignments or ():
+        role, _, column = assignment.partition("=")
+        if not role or not column:
+            raise DataError(
+                "column: expected ROLE=COLUMN such as prompt=question, got "
+                f"{assignment!r}."
+            )
+        if role in columns:
+            raise DataError(f"column: {role} is given twice.")
+        columns[role] = column
+    _check_roles(columns)
+    return columns or None
+
+
 def _detect_columns(row, format, given) -> Layout:
     _check_given(row, given)
     possible = {}
@@ -188,7 +216,7 @@ def _detect_columns(row, format, given) -> Layout:
         raise DataError(
             f"{what}. Say which is which with format (one of {', '.join(FORMATS)}) "
             "and with columns such as prompt=COLUMN response=COLUMN, text=COLUMN or "
-            "messages=COLUMN."
+            "messages=COLUMN (--column prompt=COLUMN --column response=COLUMN)."
         )
     (name, found), *_ = possible.items()
     doubtful = [role for role, names in found.items() if len(names) > 1]
@@ -203,12 +231,16 @@ def _detect_columns(row, format, given) -> Layout:
     return Layout(name, columns, unused)
 
 
-def _check_given(row, given):
+def _check_roles(given):
     unknown = [role for role in given if role not in _NAMES]
     if unknown:
         raise DataError(
-            f"columns: {unknown[0]!r} is no role; the roles are {', '.join(_NAMES)}."
+            f"column: {unknown[0]!r} is no role; the roles are {', '.join(_NAMES)}."
         )
+
+
+def _check_given(row, given):
+    _check_roles(given)
     absent = [column for column in given.values() if column not in row]
     if absent:
         raise DataError(f"there is no column {absent[0]!r} among {_listed(row)}.")
@@ -263,6 +295,31 @@ def _as_list(value):
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+def _has_messages(value) -> bool:
+    """Whether a column holds messages in place of text."""
+    return isinstance(value, list | tuple) and bool(value) and is_message(value[0])
+
+
+def _read_prompted(prompt, response, system, number) -> Example:
+    """An example of a chat so far, and of the messages that are to follow it."""
+    if not _has_messages(response):
+        raise TypeError(
+            "its prompt is a list of messages and its response is not: both must be "
+            'lists, the response such as [{"role": "assistant", "content": ...}]'
+        )
+    messages = _read_messages([*prompt, *response], system)
+    given = len(messages) - len(response)
+    if not any(message["role"] == "assistant" for message in messages[given:]):
+        raise ValueError("no message of its response is the assistant's")
+    return Example("pairs", messages=messages, given=given, number=number)
+
+
+def _as_text(value):
+    """A number as its text, as Python writes it; anything else as it is."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number and math.isfinite(value) else value
+
+
 def _read_messages(value, system) -> tuple[dict, ...]:
     value = _as_list(value)
     if not isinstance(value, list | tuple):
@@ -273,6 +330,12 @@ def _read_messages(value, system) -> tuple[dict, ...]:
     if _filled(system):
         content = _checked(system, "system")
         messages.insert(0, {"role": "system", "content": content})
+    opening = next((m for m in messages if m["role"] != "system"), None)
+    if opening is not None and opening["role"] == "assistant":
+        raise ValueError(
+            "its first message is the assistant's, and Gemma was taught chats that the "
+            "user begins: take that message out, or leave the row out"
+        )
     read_turns(messages)
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no message is the assistant's: there is nothing to learn")
@@ -288,7 +351,7 @@ def _read_message(index, message) -> dict:
         raise ValueError(
             f"message {index} has the role {role!r}; known are {', '.join(_ROLES)}"
         )
-    role = _ROLES[role]
+    role, content = _ROLES[role], read_content(content, index)
     if role != "system" or content:
         content = _checked(content, f"message {index} ({role})")
     return {"role": role, "content": content}

@@ -14,7 +14,7 @@ import pathlib
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 # What is read of a JSON array at a time, in characters.
@@ -54,8 +54,8 @@ def open_rows(source) -> Rows:
 
     Args:
         source: the path of a file with one of the suffixes in `FILES` (all but
-            `.parquet` may be followed by `.gz`); a dict of columns, or of one row; an
-            iterable of rows, such as a list or a Hugging Face dataset.
+            `.parquet` may be followed by `.gz`); a dict of columns, or of one row; a
+            DataFrame; an iterable of rows, such as a list or a Hugging Face dataset.
 
     Raises:
         DataError: there is no such file, or it is of no kind that is read.
@@ -65,6 +65,8 @@ def open_rows(source) -> Rows:
     if isinstance(source, str | os.PathLike):
         return _open_file(pathlib.Path(source).expanduser(), source)
     name = f"the {type(source).__name__}"
+    if is_frame(source):
+        source = {column: list(source[column]) for column in source.columns}
     if isinstance(source, dict):
         return Rows(name, _dict_rows(source, name), False)
     if isinstance(source, bytes) or not isinstance(source, Iterable):
@@ -73,6 +75,22 @@ def open_rows(source) -> Rows:
             f"dataset, got {type(source).__name__}: {source!r:.80}."
         )
     return Rows(name, (Row(*pair) for pair in enumerate(source)), False)
+
+
+def is_frame(value) -> bool:
+    """Whether this is a DataFrame, which iterates over the names of its columns."""
+    return hasattr(value, "columns") and hasattr(value, "to_dict")
+
+
+def names_file(text: str) -> bool:
+    """Whether a string is the path of a file rather than a text to learn.
+
+    It is if there is such a file, or if it ends as the names of `FILES` do.
+    """
+    if "\n" in text:
+        return False
+    ending = text.lower().removesuffix(".gz")
+    return ending.endswith(FILES) or os.path.exists(os.path.expanduser(text))
 
 
 def is_broken(text: str) -> bool:
@@ -89,13 +107,14 @@ def _dict_rows(columns: dict, name: str) -> Iterator[Row]:
             f"{name} has splits ({', '.join(map(str, columns))}): pass one of them, "
             f"such as data[{first!r}]."
         )
-    values = [v.tolist() if hasattr(v, "tolist") else v for v in values]
+    columns = {key: _plain(value) for key, value in columns.items()}
+    values = list(columns.values())
     rows = _rows_inside(values)
     if rows is not None:
         return (Row(*pair) for pair in enumerate(rows))
     if not values or not all(isinstance(value, list | tuple) for value in values):
         return iter([Row(0, columns)])
-    if any(value and _is_message(value[0]) for value in values):
+    if any(value and is_message(value[0]) for value in values):
         return iter([Row(0, columns)])
     lengths = {key: len(v) for key, v in zip(columns, values, strict=True)}
     if len(set(lengths.values())) > 1:
@@ -103,6 +122,17 @@ def _dict_rows(columns: dict, name: str) -> Iterator[Row]:
         raise DataError(f"{name}: its columns differ in length ({listed}).")
     rows = zip(*values, strict=True)
     return (Row(i, dict(zip(columns, row, strict=True))) for i, row in enumerate(rows))
+
+
+def _plain(value):
+    """A column without arrays, tensors and bytes, which TensorFlow has for text."""
+    if hasattr(value, "numpy"):
+        value = value.numpy()
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list) and value and isinstance(value[0], bytes):
+        return [cell.decode("utf-8", "surrogateescape") for cell in value]
+    return value
 
 
 def _has_rows(value) -> bool:
@@ -115,10 +145,11 @@ def _rows_inside(values: list) -> list | None:
     if len(values) != 1 or not isinstance(values[0], list) or not values[0]:
         return None
     first = values[0][0]
-    return values[0] if isinstance(first, dict) and not _is_message(first) else None
+    return values[0] if isinstance(first, dict) and not is_message(first) else None
 
 
-def _is_message(value) -> bool:
+def is_message(value) -> bool:
+    """Whether this is a message of a chat, rather than a row with columns."""
     return isinstance(value, dict) and bool({"role", "from"} & value.keys())
 
 
@@ -224,31 +255,142 @@ def _object_rows(file, path) -> Iterator[Row]:
 
 def _array_rows(file, path) -> Iterator[Row]:
     """Elements of a JSON array, each as soon as it has been read."""
-    decoder, separator = json.JSONDecoder(), re.compile(r"[\s,]*")
-    buffer, line, item = file.read(_CHUNK), 1, 0
-    position = buffer.index("[") + 1
-    line += buffer.count("\n", 0, position)
+    decoder = json.JSONDecoder()
+    text = _Window(file, path.name)
+    text.skip("[")
+    item = 0
     while True:
-        end = separator.match(buffer, position).end()
-        line += buffer.count("\n", position, end)
-        position = end
-        if buffer[position : position + 1] == "]":
-            return
+        comma = text.skip(",") if item else None
+        if text.skip("]"):
+            if comma:
+                yield Row(text.line, fault="a comma with nothing behind it", item=item)
+            break
+        line, fault, value = text.line, None, None
         try:
-            value, end = decoder.raw_decode(buffer, position)
+            value, size = text.decode(decoder)
         except (json.JSONDecodeError, RecursionError) as error:
-            # Perhaps it goes on where the buffer ends. Doubling keeps this linear.
-            more = file.read(max(_CHUNK, len(buffer) - position))
-            if more:
-                buffer, position = buffer[position:] + more, 0
-                continue
-            at = line + buffer.count("\n", position, getattr(error, "pos", position))
-            reason = getattr(error, "msg", "nested too deeply")
-            raise DataError(f"{path.name}:{at}: not JSON: {reason}.") from None
-        yield Row(line, value, item=item)
+            size = text.end_of_element()
+            fault = f"not JSON: {getattr(error, 'msg', 'nested too deeply')}"
+            at = line + text.lines_before(getattr(error, "pos", 0))
+            fault += f" in line {at}" * (at > line)
+        if comma is False:
+            fault = "there is no comma in front of it"
+        yield Row(line, value, fault, item)
+        text.drop(size)
         item += 1
-        line += buffer.count("\n", position, end)
-        position = end
+    if not text.at_end():
+        raise DataError(
+            f"{path.name}:{text.line}: there is more behind the end of the list: keep "
+            "one list, or one value a line and the name .jsonl."
+        )
+
+
+class _Window:
+    """A stretch of a text file that grows as far as it has to.
+
+    Attributes:
+        buffer: what is in view.
+        position: where in it is what is to be read next.
+        line: the line which that is in, from 1.
+    """
+
+    # A string, as far as it goes, or a bracket or comma outside of strings.
+    _MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("?)|[\[\]{},]', re.DOTALL)
+    _SPACE = re.compile(r"\s*")
+    _PAIRS: ClassVar = {"]": "[", "}": "{"}
+
+    def __init__(self, file, name):
+        self.file, self.name = file, name
+        self.buffer, self.position, self.line = file.read(_CHUNK), 0, 1
+
+    def lines_before(self, position) -> int:
+        """Ends of lines between what is to be read next and a position."""
+        return self.buffer.count("\n", self.position, position)
+
+    def drop(self, size):
+        """Go on behind the next `size` characters."""
+        self.line += self.lines_before(self.position + size)
+        self.position += size
+
+    def grow(self) -> bool:
+        """Read more of the file; whether there was any. Doubling keeps this linear."""
+        more = self.file.read(max(_CHUNK, len(self.buffer) - self.position))
+        if more:
+            self.buffer, self.position = self.buffer[self.position :] + more, 0
+        return bool(more)
+
+    def at_end(self) -> bool:
+        """Whether nothing but white space follows, which is dropped."""
+        while True:
+            end = self._SPACE.match(self.buffer, self.position).end()
+            self.drop(end - self.position)
+            if self.position < len(self.buffer):
+                return False
+            if not self.grow():
+                return True
+
+    def skip(self, mark) -> bool:
+        """Whether `mark` is what comes next, behind white space; both are dropped."""
+        if self.at_end() or self.buffer[self.position] != mark:
+            return False
+        self.drop(1)
+        return True
+
+    def decode(self, decoder):
+        """`(value, size)` of the JSON value that comes next.
+
+        Raises:
+            JSONDecodeError, RecursionError: it is none, and is in view as a whole or
+                as far as the file goes.
+        """
+        while True:
+            try:
+                value, end = decoder.raw_decode(self.buffer, self.position)
+            except (json.JSONDecodeError, RecursionError):
+                # Perhaps it goes on where the buffer ends.
+                if self._scan() is not None or not self.grow():
+                    raise
+                continue
+            # A number may go on, too.
+            if end < len(self.buffer) or not self.grow():
+                return value, end - self.position
+
+    def end_of_element(self) -> int:
+        """The length of the broken element that comes next.
+
+        Raises:
+            DataError: its brackets or quotes do not say where it ends.
+        """
+        size = self._scan()
+        if size is None:
+            raise self._endless("it is never closed")
+        return size
+
+    def _scan(self) -> int | None:
+        """Length of the element that comes next, None if it goes on out of view."""
+        open_brackets = []
+        for mark in self._MARK.finditer(self.buffer, self.position):
+            sign = mark[0]
+            if sign[0] == '"':
+                if not mark[1]:
+                    return None
+            elif sign in "[{":
+                open_brackets.append(sign)
+            elif not open_brackets:
+                return mark.start() - self.position
+            elif sign in self._PAIRS:
+                if open_brackets.pop() != self._PAIRS[sign]:
+                    raise self._endless(f"a {sign!r} in it closes nothing")
+                if not open_brackets:
+                    return mark.end() - self.position
+        return None
+
+    def _endless(self, reason) -> DataError:
+        return DataError(
+            f"{self.name}:{self.line}: not JSON: of the element that begins here, "
+            f"{reason}, so that nobody can say where it ends. Correct it; skip_bad "
+            "(--skip-bad) cannot leave it out."
+        )
 
 
 def _csv_rows(file, path) -> Iterator[Row]:
@@ -266,7 +408,13 @@ def _csv_rows(file, path) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                raise DataError(f"{path.name}:{before + 1}: {error}.") from None
+                fault = _csv_fault(error, before + 1, reader.line_num, path)
+                if header is None:
+                    raise DataError(f"{path.name}:{before + 1}: {fault}.") from None
+                # The reader goes on in the next line.
+                yield Row(before + 1, fault=fault)
+                before = reader.line_num
+                continue
             number, before = before + 1, reader.line_num
             if header is None:
                 header = _checked_header(fields, path)
@@ -275,6 +423,23 @@ def _csv_rows(file, path) -> Iterator[Row]:
                 yield Row(number, fault=fault)
             elif fields:
                 yield Row(number, dict(zip(header, fields, strict=True)))
+
+
+def _csv_fault(error, first, last, path) -> str:
+    """What is wrong with a row that begins in line `first`, found in line `last`.
+
+    Raises:
+        DataError: a quote has taken all the rest for its own.
+    """
+    if "unexpected end" in str(error):
+        raise DataError(
+            f"{path.name}:{first}: a quote is opened in the row that begins here, and "
+            f"never closed: all to the end, in line {last}, would be one field. Close "
+            "it, or write each quote inside a field twice; skip_bad (--skip-bad) "
+            "cannot leave it out."
+        ) from None
+    where = f" in line {last}" * (last > first)
+    return f"not CSV: {error}{where} (a quote inside a field is written twice)"
 
 
 @contextlib.contextmanager

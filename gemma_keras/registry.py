@@ -180,15 +180,16 @@ def is_instruct(source: str | os.PathLike) -> bool:
 
     Args:
         source: as for `resolve`. A name or handle of the registry is looked up; of
-            others, one with a part such as `it`, `instruct` or `chat` is taken for one
-            that answers: `./gemma-2-2b-it`.
+            others, one with the word `it`, `instruct`, `instruction` or `chat` is taken
+            for one that answers: `./gemma-2-2b-it`, `runs/chat/model`. What is no
+            letter ends a word.
     """
     source = os.fspath(source)
     known = known_as(source)
     if known is not None:
         return known.variant == "instruct"
     parts = re.split(r"[^a-z]+", source.lower())
-    return not {"it", "instruct", "chat"}.isdisjoint(parts)
+    return not {"it", "instruct", "instruction", "chat"}.isdisjoint(parts)
 
 
 @functools.cache

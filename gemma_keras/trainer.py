@@ -245,10 +245,12 @@ class TokenTrainer(keras.Model):
 
         Args:
             x: texts; or `{"prompts": [...], "responses": [...]}`, or chats, each a
-                list of messages, whose responses alone are learned; or a dataset of
-                batches of these; or what `read_examples` gives, or a `pathlib.Path`
-                of a file for it; or a `PackedDataset` or `BucketedDataset`; or
-                anything that Keras takes.
+                list of messages, whose responses alone are learned; or the path of a
+                file, rows, columns or a dataset of rows, all that `read_examples`
+                takes, or what it gives; or a dataset of batches of these; or a
+                `PackedDataset` or `BucketedDataset`; or anything that Keras takes.
+                A stream of rows is read whole before the first step, but with
+                `steps_per_epoch` as it is needed, `batch_size` rows at a time.
             y: targets, if `x` holds token ids.
             sample_weight: weight of each target, if `x` holds token ids.
             validation_data: in the same forms.
@@ -257,17 +259,18 @@ class TokenTrainer(keras.Model):
         self._check_trainable()
         self._check_optimizer()
         self._check_scope()
-        epochs = isinstance(x, EpochDataset)
-        if epochs or (data.is_dataset(x) and not isinstance(x, keras.utils.PyDataset)):
-            # It comes in its own order, whatever index Keras asks for.
-            kwargs["shuffle"] = False
-        if epochs:
+        if isinstance(x, EpochDataset):
             kwargs["callbacks"] = data.with_epochs(kwargs.get("callbacks"), x)
+        steps, size = kwargs.get("steps_per_epoch"), kwargs.get("batch_size")
         x, y, sample_weight = data.prepare(
-            x, y, sample_weight, self.preprocessor, bool(kwargs.get("steps_per_epoch"))
+            x, y, sample_weight, self.preprocessor, bool(steps), _streamed(steps, size)
         )
+        if data.has_own_order(x):
+            kwargs["shuffle"] = False
         if validation_data is not None:
-            validation_data = self._prepare_validation(validation_data)
+            size = kwargs.get("validation_batch_size") or size
+            rows = _streamed(kwargs.get("validation_steps"), size)
+            validation_data = self._prepare_validation(validation_data, rows)
         _check_shares(x)
         backend.make_alike(self.trainable_variables)
         backend.give_back_memory()
@@ -327,23 +330,35 @@ class TokenTrainer(keras.Model):
                 "beta_2 to 0.99."
             )
 
-    def _prepare_validation(self, validation_data):
+    def _prepare_validation(self, validation_data, batch_rows):
         if not isinstance(validation_data, tuple):
             validation_data = (validation_data,)
         x, y, weight = (*validation_data, None, None)[:3]
-        x, y, weight = data.prepare(x, y, weight, self.preprocessor)
+        x, y, weight = data.prepare(
+            x, y, weight, self.preprocessor, batch_rows=batch_rows
+        )
         return x if y is None else (x, y, weight)
 
     def evaluate(self, x=None, y=None, *, sample_weight=None, **kwargs):
         """Loss and metrics, as `keras.Model.evaluate`; inputs as in `fit`."""
-        x, y, sample_weight = data.prepare(x, y, sample_weight, self.preprocessor)
+        rows = _streamed(kwargs.get("steps"), kwargs.get("batch_size"))
+        x, y, sample_weight = data.prepare(
+            x, y, sample_weight, self.preprocessor, batch_rows=rows
+        )
         _check_shares(x)
         return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x, **kwargs):
         """Logits, as `keras.Model.predict`; inputs as in `fit`."""
-        x, _, _ = data.prepare(x, None, None, self.preprocessor)
+        rows = _streamed(kwargs.get("steps"), kwargs.get("batch_size"))
+        x, _, _ = data.prepare(x, None, None, self.preprocessor, batch_rows=rows)
         return super().predict(x, **kwargs)
+
+
+def _streamed(steps, batch_size):
+    """Rows of a batch of a stream, of which `steps` are wanted; None if all are."""
+    # Keras' own batches are of 32.
+    return (batch_size or 32) if steps else None
 
 
 def _check_shares(x):

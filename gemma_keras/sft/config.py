@@ -12,8 +12,8 @@ import types
 import typing
 
 from gemma_keras.chat import LOSS_ON
-from gemma_keras.encoding import TOO_LONG
-from gemma_keras.examples import FORMATS
+from gemma_keras.encoding import TEMPLATES, TOO_LONG
+from gemma_keras.examples import FORMATS, read_columns
 from gemma_keras.quantization import MODES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
@@ -91,10 +91,16 @@ class RunConfig:
     format: str = setting(
         "auto", "What the rows are.", choices=("auto", *FORMATS), group=DATA
     )
+    column: list[str] = setting(
+        [],
+        "ROLE=COLUMN where the names do not tell, such as prompt=ask; may be given "
+        "several times.",
+        group=DATA,
+    )
     template: str = setting(
         "auto",
         "Write pairs as turns of a chat or as plain text; auto goes by the model.",
-        choices=("auto", "chat", "text"),
+        choices=tuple(TEMPLATES),
         group=DATA,
     )
     loss_on: str = setting(
@@ -239,6 +245,10 @@ class RunConfig:
             return [f"{name} must be given: {help_of(name)}" for name in missing]
         wrong = []
         measured = self.validation or self.validation_split
+        try:
+            read_columns(self.column)
+        except ValueError as error:
+            wrong.append(str(error))
         if self.validation and self.validation_split:
             wrong.append("validation and validation_split exclude each other.")
         if self.early_stopping and not measured:

@@ -1,13 +1,12 @@
 """From a run's files to batches."""
 
 import dataclasses
-import re
 import warnings
 
 import numpy as np
 
-from gemma_keras import registry
-from gemma_keras.encoding import encode_examples
+from gemma_keras.encoding import encode_examples, encoder_for
+from gemma_keras.examples import read_columns
 from gemma_keras.packing import BucketedDataset, PackedDataset
 from gemma_keras.readers import read_examples
 
@@ -58,7 +57,7 @@ def read_data(config, preprocessor, say):
 
 
 def make_encoder(preprocessor, source, template, **settings):
-    """An `ExampleEncoder` that writes pairs as the model behind `source` reads them.
+    """The encoder of `encoding.encoder_for`, with what the preprocessor is set to.
 
     Args:
         preprocessor: of the model.
@@ -66,17 +65,19 @@ def make_encoder(preprocessor, source, template, **settings):
         template: "chat" or "text", or "auto" to go by that.
         **settings: in place of the encoder's other ones.
     """
-    encoder = preprocessor.encoder(
-        chat_template={"auto": "auto", "chat": True, "text": False}[template],
-        instruct=is_instruct(source),
-    )
-    return dataclasses.replace(encoder, **settings)
+    own = {
+        "add_start_token": preprocessor.add_start_token,
+        "add_end_token": preprocessor.add_end_token,
+    }
+    return encoder_for(source, preprocessor.tokenizer, template, **{**own, **settings})
 
 
 def _read(paths, config, files, say):
-    found = []
+    found, columns = [], read_columns(config.column)
     for path in paths:
-        examples = read_examples(path, config.format, skip_bad=config.skip_bad)
+        examples = read_examples(
+            path, config.format, columns=columns, skip_bad=config.skip_bad
+        )
         files[path] = examples.description.partition(": ")[2] or examples.description
         say(examples.description)
         for fault in examples.faults:
@@ -98,16 +99,6 @@ def _split(examples, share, seed):
     for number, example in enumerate(examples):
         parts[number in chosen].append(example)
     return parts
-
-
-def is_instruct(source):
-    """Whether a model answers, as far as its name tells."""
-    presets = registry.presets()
-    names = {name: p for p in presets.values() for name in (p.name, *p.aliases)}
-    names |= {where: p for p in presets.values() for where in p.sources}
-    if source in names:
-        return names[source].variant == "instruct"
-    return re.search(r"(?i)instruct|chat|[-_.]it\b", source) is not None
 
 
 def _batches(examples, encoder, config, name, say):

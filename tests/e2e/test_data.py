@@ -5,13 +5,18 @@ import os
 import pathlib
 import pty
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from gemma_keras import GemmaCausalLMPreprocessor
 from gemma_keras.examples import FORMATS
 from gemma_keras.readers import read_examples
+from gemma_keras.registry import resolve
+from gemma_keras.sft.config import RunConfig
+from gemma_keras.sft.examples import read_data
 
 PRESET = "gemma_tiny_instruct_en"
 START = "import sys; sys.argv[0] = 'gemma-keras'; import gemma_keras.cli as c; c.main()"
@@ -94,10 +99,48 @@ def test_pairs_are_text_or_turns_as_the_model_and_the_caller_have_it(tmp_path):
     plain = "<bos>What color is the sky?{+Blue.<eos>+}"
     for more, expected in [
         (("--preset", PRESET), turns),
-        (("--preset", PRESET, "--no-chat-template"), plain),
+        (("--preset", PRESET, "--template", "text"), plain),
         (("--preset", "gemma_tiny_en"), plain),
+        (("--preset", "gemma_tiny_en", "--template", "chat"), turns),
     ]:
         assert expected in preview(path, *columns, *more).stdout
+
+
+def test_several_files_are_one_set(good, tmp_path):
+    more = tmp_path / "more.jsonl"
+    more.write_text("\n".join([GOOD[0], "{"]))
+    done = preview(good, more, "--preset", PRESET, "--skip-bad")
+    assert done.returncode == 0, done.stderr
+    for told in (
+        "good.jsonl: 2 examples, format chat (messages)",
+        "more.jsonl: 1 examples, 1 bad skipped",
+        "--- more.jsonl:1: ",
+        "duplicate: 1 example (more.jsonl:1)",
+        "  more.jsonl:2: not JSON",
+    ):
+        assert told in done.stdout
+
+
+@pytest.mark.parametrize(
+    "name", ["it/model", "gemma2it", "instruction-tuned", "chatty"]
+)
+def test_preview_and_sft_read_pairs_alike_whatever_a_model_is_called(tmp_path, name):
+    path = tmp_path / "qa.csv"
+    path.write_text("ask,reply\nWhat color is the sky?,Blue.\n")
+    shutil.copytree(resolve(PRESET), tmp_path / "runs" / name)
+    source = f"runs/{name}"
+    columns = ["prompt=ask", "response=reply"]
+    config = RunConfig(
+        preset=source, train=[str(path)], out="-", column=columns, sequence_length=64
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        preprocessor = GemmaCausalLMPreprocessor.from_preset(source)
+        as_chat = read_data(config, preprocessor, lambda line: None).chat
+        flags = [word for column in columns for word in ("--column", column)]
+        done = preview(path, "--preset", source, *flags)
+    assert done.returncode == 0, done.stderr
+    assert ("<start_of_turn>" in done.stdout) == as_chat == (name != "chatty")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +151,8 @@ def test_pairs_are_text_or_turns_as_the_model_and_the_caller_have_it(tmp_path):
         (("FILE", "--preset", PRESET, "--format", "alpaca"), 1, "no known format"),
         (("FILE",), 2, "--preset"),
         (("FILE", "--preset", PRESET, "--column", "prompt"), 2, "ROLE=COLUMN"),
+        (("FILE", "--preset", PRESET, "--column", "ask=a"), 2, "'ask' is no role"),
+        (("FILE", "--preset", PRESET, "--template", "no"), 2, "auto"),
         (("FILE", "--preset", PRESET, "--format", "xml"), 2, "sharegpt"),
         (("FILE", "--preset", PRESET, "--sequence-length", "0"), 2, "or equal to 1"),
     ],

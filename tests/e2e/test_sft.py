@@ -366,6 +366,31 @@ def test_devices_that_cannot_share_a_batch_are_told(
     assert not (tmp_path / "out").exists()
 
 
+def test_columns_and_bad_rows_of_foreign_data(random_preset, tmp_path):
+    """For `sft` and `eval`, as `data preview` has it."""
+    path = tmp_path / "rows.jsonl"
+    rows = [json.loads(line) for line in LESSONS.read_text().splitlines()[:4]]
+    named = [{"ask": row["prompt"], "reply": row["response"]} for row in rows]
+    path.write_text("\n".join([*map(json.dumps, named), '{"ask": "nothing"}']))
+    chosen = ["--column", "prompt=ask", "--column", "response=reply"]
+    asked = ["eval", random_preset, path, "--json"]
+    told = invoke(*asked)
+    assert told.exit_code == 1
+    assert "--column prompt=COLUMN" in told.stderr
+    assert "rows.jsonl:5: it has no 'reply'" in invoke(*asked, *chosen).stderr
+    assert invoke(*asked, "--column", "ask=prompt").exit_code == 2
+    result = invoke(*asked, *chosen, "--skip-bad")
+    assert "rows.jsonl:5" in result.stderr
+    assert json.loads(result.stdout)["examples"] == 4
+    given = options(random_preset, tmp_path / "out", train=str(path), max_steps=1)
+    config = write_yaml(tmp_path / "run.yaml", given)
+    result = invoke("sft", config, *chosen, "--skip-bad")
+    assert result.exit_code == 0, result.stderr
+    assert "format pairs (ask, reply)" in result.stderr
+    saved = RunConfig.read(tmp_path / "out" / "config.yaml")
+    assert saved.column == chosen[1::2]
+
+
 def test_a_bad_row_stops_before_training_or_is_skipped(random_preset, tmp_path):
     data = tmp_path / "rows.jsonl"
     good = LESSONS.read_text().splitlines()

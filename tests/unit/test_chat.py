@@ -225,6 +225,11 @@ def test_a_chat_in_disorder_is_refused(messages, message):
         format_chat(messages)
 
 
+def test_parts_of_text_are_one_content():
+    parts = [{"type": "text", "text": text} for text in (" Hello, ", "you")]
+    assert format_chat([user(parts)]) == format_chat([user("Hello,you")])
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -235,7 +240,8 @@ def test_a_chat_in_disorder_is_refused(messages, message):
         ([{"role": "user"}], "Message 0 must be a dict with a role and a content"),
         ([user("u"), {"content": "a"}], "Message 1 must be a dict"),
         ([user(None)], "content of message 0 must be a string, got NoneType"),
-        ([user(["a"])], "content of message 0 must be a string, got list"),
+        ([user(["a"])], "content of message 0 has a part of the type 'str'"),
+        ([user([])], "content of message 0 must be a string, got list"),
         ([user(b"a")], "content of message 0 must be a string, got bytes"),
     ],
 )

@@ -23,7 +23,7 @@ def chat(user, model="12 boats"):
 
 def report_on(tokenizer, rows, length=200, **settings):
     return DataReport(
-        read_examples(rows), ExampleEncoder(tokenizer, **settings), length
+        [read_examples(rows)], ExampleEncoder(tokenizer, **settings), length
     )
 
 
@@ -106,11 +106,22 @@ def test_a_response_of_no_token_of_its_own_is_told(small):
     """As a response that is "<eos>" alone is, if no <eos> is to be added."""
     encoder = ExampleEncoder(small, add_end_token=False)
     examples = read_examples([PAIR])
-    report = DataReport(examples, encoder, 100)
+    report = DataReport([examples], encoder, 100)
     assert "no supervised token" not in kinds(report)
     empty = [type(examples[0])("pairs", prompt="count", response="", number=0)]
     examples[:] = empty
-    assert "no supervised token" in kinds(DataReport(examples, encoder, 100))
+    assert "no supervised token" in kinds(DataReport([examples], encoder, 100))
+
+
+def test_several_sources_are_one_set_with_places_of_their_own(small, tmp_path):
+    (tmp_path / "a.txt").write_text("the boats\n\n12 boats")
+    (tmp_path / "b.txt").write_text("\nthe boats")
+    sources = [read_examples(tmp_path / name) for name in ("a.txt", "b.txt")]
+    report = DataReport(sources, ExampleEncoder(small), 100)
+    assert [report.place(i) for i in range(3)] == ["a.txt:1", "a.txt:3", "b.txt:2"]
+    assert "duplicate: 1 example (b.txt:2)" in report.warnings[0]
+    with pytest.raises(IndexError, match="only 3"):
+        report.place(3)
 
 
 def test_the_counts_are_those_of_the_batches(small):
@@ -158,6 +169,10 @@ def test_stretches_of_text_show_control_tokens_and_keep_characters_whole(small):
         ("hf://google/gemma-2-2b-it@main", True),
         ("hf://google/gemma-2-2b", False),
         ("./kitchen", False),
+        ("runs/it/model", True),
+        ("gemma2it", True),
+        ("instruction-tuned", True),
+        ("chatty", False),
         ("./my_gemma", False),
     ],
 )

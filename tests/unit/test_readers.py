@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_keras import records
-from gemma_keras.examples import Example
+from gemma_keras.encoding import ExampleEncoder
+from gemma_keras.examples import Example, read_columns
 from gemma_keras.readers import LISTED, read_examples
 from gemma_keras.records import DataError
 
@@ -21,6 +22,13 @@ PAIR = {"prompt": "What is red?", "response": "A color."}
 CHAT = [
     {"role": "user", "content": "Hello"},
     {"role": "assistant", "content": "Good day."},
+]
+PARTS = [
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": text} for text in ("Hello, ", "you")],
+    },
+    {"role": "assistant", "content": [{"type": "text", "text": "Good day."}]},
 ]
 TURNS = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day."}]
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
@@ -60,6 +68,11 @@ def pairs(examples):
         ({"conversations": TURNS}, "sharegpt", ("Hello", "Good day.")),
         (TURNS, "sharegpt", ("Hello", "Good day.")),
         ({"prompt": "Hello", "messages": CHAT}, "chat", ("Hello", "Good day.")),
+        ({"prompt": "1 + 1", "response": 2}, "pairs", ("1 + 1", "2")),
+        ({"question": 7, "answer": 0.5}, "pairs", ("7", "0.5")),
+        ({**ALPACA, "input": 12, "output": 3}, "alpaca", ("Add.\n\n12", "3")),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "pairs", ("Hello", "Good day.")),
+        ({"messages": PARTS}, "chat", ("Hello,you", "Good day.")),
     ],
     ids=repr,
 )
@@ -76,6 +89,18 @@ def test_roles_of_a_chat_get_the_names_that_the_package_knows():
     (example,) = read_examples([{"conversations": [system, *TURNS]}])
     roles = [message["role"] for message in example.messages]
     assert roles == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_of_a_chat_that_is_a_prompt_no_answer_is_learned(small, system):
+    again = [{"role": "user", "content": "count"}]
+    row = {"prompt": CHAT + again, "completion": CHAT[1:], "system": system}
+    (example,) = read_examples([row])
+    assert example.given == 3 + bool(system)
+    for loss_on, expected in [("response", "last"), ("last", "last"), ("all", "all")]:
+        found = ExampleEncoder(small, loss_on=loss_on)(example)
+        whole = ExampleEncoder(small, loss_on=expected).chat(example.messages)
+        assert found == whole
 
 
 def test_what_is_not_used_is_said():
@@ -130,6 +155,14 @@ def test_the_caller_can_say_which_is_which():
 def test_a_choice_that_does_not_fit_is_refused(settings, told):
     with pytest.raises(DataError, match=told):
         read_examples([PAIR], **settings)
+
+
+def test_columns_are_chosen_in_words_too():
+    assert read_columns(["prompt=my=q", "response=a b"]) == {
+        "prompt": "my=q",
+        "response": "a b",
+    }
+    assert read_columns([]) is read_columns(None) is None
 
 
 # ------------------------------------------------------------------- files
@@ -307,7 +340,19 @@ BAD = [
     ('{"prompt": "a", "response": " "}', "its response is empty"),
     ('{"prompt": "", "response": "b"}', "its prompt is empty"),
     ('{"prompt": "a", "response": null}', "its response is missing"),
-    ('{"prompt": "a", "response": 3}', "its response is no text but int"),
+    ('{"prompt": "a", "response": true}', "its response is no text but bool"),
+    ('{"prompt": "a", "response": NaN}', "its response is no text but float"),
+    ('{"prompt": "a", "response": [3]}', "its response is no text but list"),
+    (
+        '{"prompt": [{"role": "user", "content": "a"}], "response": "b"}',
+        "its prompt is a list of messages and its response is not",
+    ),
+    (
+        '{"prompt": [{"role": "user", "content": "a"}, '
+        '{"role": "assistant", "content": "b"}], '
+        '"response": [{"role": "user", "content": "c"}]}',
+        "no message of its response is the assistant's",
+    ),
     ('{"prompt": "a", "response": "\\ud800"}', "its response is no valid Unicode"),
     ('"a text"', "expected columns prompt, response, got str"),
     ("[" * 100_000, "its JSON is nested too deeply"),
@@ -333,7 +378,13 @@ USER, MODEL = CHAT
 BAD_CHATS = [
     ([], "at least one user message"),
     ([USER], "no message is the assistant's"),
-    ([MODEL], "Message 0 has the role 'assistant', expected 'user'"),
+    ([MODEL, *CHAT], "its first message is the assistant's, and Gemma was taught"),
+    ([{"from": "gpt", "value": "Hello"}], "its first message is the assistant's"),
+    (
+        [{"role": "user", "content": [{"type": "image", "url": "x"}]}, MODEL],
+        "The content of message 0 has a part of the type 'image': it must be",
+    ),
+    ([{"role": "user", "content": ["Hello"]}, MODEL], "part of the type 'str'"),
     ([USER, USER, MODEL], "Message 1 has the role 'user', expected 'assistant'"),
     ([*CHAT, MODEL], "Message 2 has the role 'assistant', expected 'user'"),
     ([USER, {"role": "tool", "content": "x"}], "message 1 has the role 'tool'"),
@@ -375,6 +426,80 @@ def test_a_row_of_a_csv_file_with_fields_too_many(tmp_path):
         read_examples(path)
 
 
+BROKEN = [
+    (
+        "data.csv",
+        'prompt,response\na,b\n"a"b,c\n"d\ne"f,g\nc,d\n',
+        ["data.csv:3: not CSV: ", "data.csv:4: not CSV: .* in line 5 "],
+    ),
+    (
+        "data.json",
+        """[{"prompt": "a", "response": "b"},
+        {"prompt": "a, ]} and [", "response": },
+        oops, {"prompt": "c",
+        "response": "d" "e"},
+        {"prompt": "c", "response": "d"}]""",
+        [
+            r"data.json:2 \(item 1\): not JSON: Expecting value",
+            r"data.json:3 \(item 2\): not JSON: Expecting value",
+            r"data.json:3 \(item 3\): not JSON: Expecting ',' delimiter in line 4",
+        ],
+    ),
+    (
+        "commas.json",
+        """[{"prompt": "a", "response": "b"}
+        {"prompt": "x", "response": "y"}, ,
+        {"prompt": "c", "response": "d"},
+        ]""",
+        [
+            r"commas.json:2 \(item 1\): there is no comma in front of it",
+            r"commas.json:2 \(item 2\): not JSON: Expecting value",
+            r"commas.json:4 \(item 4\): a comma with nothing behind it",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+@pytest.mark.parametrize(("name", "text", "told"), BROKEN, ids=[b[0] for b in BROKEN])
+def test_a_broken_row_is_told_or_skipped_and_the_next_is_read(
+    tmp_path, monkeypatch, name, text, told, size
+):
+    monkeypatch.setattr(records, "_CHUNK", size)
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(DataError) as error:
+        read_examples(path)
+    examples = read_examples(path, skip_bad=True)
+    assert pairs(examples) == [("a", "b"), ("c", "d")]
+    assert examples.num_skipped == len(told)
+    for fault, expected in zip(examples.faults, told, strict=True):
+        assert re.match(expected, fault), fault
+        assert fault in str(error.value)
+
+
+@pytest.mark.parametrize("size", [1, 2, 1 << 20])
+def test_numbers_in_an_array_are_read_whole(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(records, "_CHUNK", size)
+    path = tmp_path / "data.json"
+    path.write_text("[12, 345]")
+    assert [row.value for row in records.open_rows(path).rows] == [12, 345]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("data.csv", 'prompt,response\na,b\n"c,d\ne,f\n'),
+        ("data.json", '[{"prompt": "a"},\n\n{"prompt": "b, "response": "c"}]'),
+        ("more.json", '[{"prompt": "a"},\n\n{"prompt": ["b"}]'),
+    ],
+)
+def test_a_row_without_an_end_cannot_be_skipped(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name}:3: .*--skip-bad\) cannot leave it"):
+        read_examples(tmp_path / name, skip_bad=True)
+
+
 def test_many_bad_rows_make_one_message_and_reading_stops(tmp_path):
     path = write(tmp_path / "data.jsonl", PAIR, *[{"prompt": "a"}] * 50)
     with pytest.raises(DataError, match=f"The first {LISTED} bad rows") as error:
@@ -410,9 +535,16 @@ BAD_FILES = {
     "data.docx": (b"PK", "read from files whose names end with .jsonl"),
     "data": (b"{}", "read from files whose names end with .jsonl"),
     "cut.json": (b'[{"text": "a"},\n{"text": "b"', "cut.json:2: not JSON"),
+    "end.json": (b'[{"text": "a"}\n', "end.json:2: not JSON.*never closed"),
+    "nested.json": (b'[{"text": ["a"}, {"text": "b"}]', "'}' in it closes nothing"),
+    "two.json": (b'[{"text": "a"}]\n[{"text": "b"}]', "two.json:2: there is more"),
+    "head.csv": (b'"prompt"x,response\na,b', "head.csv:1: not CSV"),
     "cut2.json": (b'{"text": ["a",\n', "cut2.json:2: not JSON"),
     "number.json": (b"3", "expected a list of rows, got 3"),
-    "bad.csv": (b'prompt,response\na,"b\n', "bad.csv:2: unexpected end of data"),
+    "bad.csv": (
+        b'prompt,response\na,"b\n',
+        "bad.csv:2: a quote .* never closed",
+    ),
     "twice.csv": (b"a,a\n1,2\n", "two columns are called 'a'"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 999)[:-20], "is damaged"),
     "no.jsonl.gz": (b"hello", "is damaged"),
