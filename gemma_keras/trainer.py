@@ -364,7 +364,8 @@ class TokenTrainer(keras.Model):
         optimizer = self.optimizer
         while hasattr(optimizer, "inner_optimizer"):
             optimizer = optimizer.inner_optimizer
-        beta = getattr(optimizer, "beta_2", None)
+        # Muon gives Adam the embeddings and the vectors.
+        beta = getattr(optimizer, "adam_beta_2", getattr(optimizer, "beta_2", None))
         if beta is None or float(ml_dtypes.bfloat16(beta)) < 1:
             return
         if any(

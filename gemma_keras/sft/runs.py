@@ -40,7 +40,9 @@ def run(config):
     if config.devices == "all":
         distribution.use_all_devices(config.batch_size)
     with open_source(config.preset) as checkpoint:
-        config = config.resolved(checkpoint.config.max_position)
+        config = config.resolved(
+            checkpoint.config, checkpoint.dtype, checkpoint.packings
+        )
         preprocessor = load_preprocessor(checkpoint)
     if preprocessor is None:
         raise ValueError(f"{config.preset} holds no tokenizer.")

@@ -299,7 +299,7 @@ def test_the_example_config_runs(tmp_path, monkeypatch):
     assert len(metrics(tmp_path / "run")) == 2
     again = RunConfig.read(tmp_path / "run" / "config.yaml")
     expected = RunConfig.read(example, {"max_steps": 2, "out": str(tmp_path / "run")})
-    assert again == expected.resolved(256)
+    assert again == expected.resolved(registry.find(expected.preset).config, "float32")
 
 
 @pytest.mark.parametrize(
@@ -310,6 +310,8 @@ def test_the_example_config_runs(tmp_path, monkeypatch):
         (("--train", "nowhere.jsonl"), 1, "nowhere.jsonl"),
         (("--preset", "gemma_tiny_em"), 1, "Did you mean gemma_tiny_en"),
         (("--sequence-length", "100000"), 1, "sequence_length must be at most"),
+        (("--lora-targets", "quary"), 1, "No projection is called quary"),
+        (("--full", "--dtype", "bfloat16"), 2, "leave dtype out"),
         (("--out", "."), 1, "something else than a run"),
         (("--save-preset", "."), 1, "save_preset: . exists"),
     ],
