@@ -12,7 +12,7 @@ from gemma_keras.console import loading, say, size
 from gemma_keras.loading import load_preprocessor, open_source
 from gemma_keras.sft import callbacks, state, tensorboard
 from gemma_keras.sft.examples import read_data
-from gemma_keras.sft.folder import RunFolder, replace, versions
+from gemma_keras.sft.folder import CHECKPOINTS, RunFolder, replace, versions
 from gemma_keras.sft.progress import Progress
 from gemma_keras.sft.report import write_report
 from gemma_keras.sft.steps import Steps
@@ -189,7 +189,7 @@ class _Run:
             found.append(tensorboard.TensorBoard(path / "tensorboard"))
         found += [Progress(total), callbacks.StopOnDivergence()]
         self.checkpoints = callbacks.Checkpoints(
-            path / "checkpoints",
+            path / CHECKPOINTS,
             config.save_every,
             keep=config.keep,
             callbacks=found,
@@ -238,11 +238,27 @@ class _Run:
                     verbose=0,
                     callbacks=[*self.callbacks, stopper],
                 )
+            except callbacks.DivergenceError as error:
+                told = f"{error}\n{self._what_is_left()}"
+                raise callbacks.DivergenceError(told) from error
             finally:
                 for callback in self.callbacks:
                     callback.close()
         finished = self.checkpoints.saved == steps.total
         return None if finished else stopper.signal
+
+    def _what_is_left(self):
+        """What a run that failed has to go on from, and what is allowed then."""
+        if self.checkpoints.saved is None:
+            return (
+                "Nothing was saved, as there was no checkpoint yet: the command with "
+                f"other options begins anew in {self.folder.path}."
+            )
+        return (
+            f"The checkpoint of step {self.checkpoints.saved:,} is kept. From it the "
+            "same options would lead here again, and others are for a new run: name "
+            "another folder with out."
+        )
 
     def _match(self, when):
         """Has validation examples answered, and notes how many are right."""

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -14,8 +15,8 @@ import keras
 import pytest
 import typer.testing
 
-from gemma_keras import cli, registry
-from gemma_keras.sft import RunConfig, run, snapshots
+from gemma_keras import GemmaCausalLM, cli, registry
+from gemma_keras.sft import RunConfig, callbacks, run, snapshots
 
 LESSONS = registry.locate() / "demo" / "lessons.jsonl"
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -202,6 +203,40 @@ def test_a_finished_run_says_so_and_another_config_is_refused(whole, random_pres
     assert "seed: 6, but the run has 5" in result.stderr
     assert "epochs: 1, but the run has 2" in result.stderr
     assert (whole / "metrics.csv").read_bytes() == before
+
+
+def test_a_run_without_a_checkpoint_may_begin_anew(
+    random_preset, tmp_path, monkeypatch
+):
+    """Here one that trains every weight of a bfloat16 checkpoint, after NaN."""
+    preset, out = tmp_path / "bfloat16", tmp_path / "out"
+    lm = GemmaCausalLM.from_preset(random_preset, dtype="bfloat16")
+    lm.save_to_preset(preset)
+    given = options(preset, out, full=True, max_steps=2)
+    config = write_yaml(tmp_path / "run.yaml", given)
+    write = callbacks.MetricsFile.on_step_end
+
+    def poison(self, logs):
+        logs["loss"] = math.nan
+        write(self, logs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.MetricsFile, "on_step_end", poison)
+        result = invoke("sft", config, "--seed", "6")
+    assert result.exit_code == 1
+    told = " ".join(result.stderr.split())
+    assert "The loss of step 1 is nan." in told
+    assert "Nothing was saved, as there was no checkpoint yet" in told
+    assert "begins anew in" in told
+    assert metrics(out)[0]["loss"] == "nan"
+    assert RunConfig.read(out / "config.yaml").dtype == "float32"
+    result = invoke("sft", config, "--learning-rate", "1e-3")
+    assert result.exit_code == 0, result.stderr
+    assert [float(x) > 0 for x in column(out, "loss")] == [True, True]
+    assert RunConfig.read(out / "config.yaml").learning_rate == 1e-3
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    result = invoke("sft", config, "--learning-rate", "1e-4")
+    assert "holds a run with other options" in result.stderr
 
 
 def invoke(*arguments):
