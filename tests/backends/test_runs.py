@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from gemma_keras import PackedDataset, encode_examples, read_examples
+from gemma_keras import PackedDataset, backend, encode_examples, read_examples
 from gemma_keras.optimizers import make_optimizer
 from gemma_keras.sft import (
     Checkpoints,
@@ -22,6 +22,7 @@ from gemma_keras.sft import (
     TensorBoard,
     Validation,
     snapshots,
+    state,
 )
 from gemma_keras.sft.state import StateError
 
@@ -232,6 +233,26 @@ def test_the_validation_stops_after_its_patience_and_the_best_is_kept(tmp_path):
     assert validation.has_stopped
     assert checkpoints.best == {"name": snapshots.name_of(4), "val_loss": 2.0}
     assert kept == [2, 4, 8]
+
+
+@pytest.mark.any_backend
+def test_callbacks_of_one_class_keep_their_own_states(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "first_bad", lambda lm: None)
+    monkeypatch.setattr(state, "collect", lambda lm: {})
+    monkeypatch.setattr(state, "restore", lambda lm, names, read: None)
+    monkeypatch.setattr(backend, "sync_training", lambda lm: None)
+
+    def make():
+        found = [Validation([], 1), StepMetrics(), Validation([], 2)]
+        return found, Checkpoints(tmp_path, 1, callbacks=found)
+
+    (one, _, two), checkpoints = make()
+    one.best, two.best = 1.5, 2.5
+    checkpoints.step = 4
+    checkpoints.save()
+    (one, _, two), checkpoints = make()
+    assert checkpoints.restore(None) == 4
+    assert (one.best, two.best, one.start, two.start) == (1.5, 2.5, 4, 4)
 
 
 @pytest.mark.any_backend
