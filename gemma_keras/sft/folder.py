@@ -120,19 +120,47 @@ class RunFolder:
         self.update(status="running", data=data)
 
     def update(self, **values):
-        """Writes values to `run.json`."""
+        """Writes values to `run.json`, on a full disk too where that can be.
+
+        Raises:
+            OSError: it cannot; the file is as it was.
+        """
         self.info |= values
-        replace(self.path / RUN, json.dumps(self.info, indent=2, ensure_ascii=False))
+        text = json.dumps(self.info, indent=2, ensure_ascii=False)
+        try:
+            replace(self.path / RUN, text)
+        except OSError:
+            if not _written_over(self.path / RUN, text):
+                raise
 
 
 def replace(path, text):
-    """Writes a text file that appears when it is complete."""
+    """Writes a text file that appears when it is complete, or leaves what is there."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _written_over(path, text):
+    """Writes a file over where it is, if the disk has given it room; whether it did."""
+    data = text.encode()
+    try:
+        with path.open("r+b") as file:
+            # Of 512 bytes each; Windows does not tell.
+            room = 512 * getattr(os.fstat(file.fileno()), "st_blocks", 0)
+            if len(data) <= room:
+                file.write(data)
+                file.truncate()
+            return len(data) <= room
+    except OSError:
+        return False
 
 
 def _sha256(path):
