@@ -122,7 +122,9 @@ class StepMetrics(StepCallback):
             return
         tokens, supervised = self.steps.counts(self.step)
         self.tokens_seen += tokens
-        logs["epoch"] = self.step / self.steps.steps_per_epoch
+        # The last step may be of fewer batches.
+        epoch = self.step / self.steps.steps_per_epoch
+        logs["epoch"] = min(epoch, float(self.steps.epochs))
         logs["tokens_per_second"] = tokens / seconds
         logs |= {"supervised_tokens": supervised, "tokens_seen": self.tokens_seen}
 

@@ -79,6 +79,21 @@ def test_steps_are_the_batches_of_all_epochs_from_any_of_them_on(dataset):
     np.testing.assert_array_equal(two[0][1], steps[2][1])
 
 
+def test_the_last_step_is_of_the_batches_that_are_left(dataset):
+    count = len(dataset)
+    steps = Steps(dataset, epochs=2, accumulation=count + 1)
+    assert (steps.total, len(steps)) == (2, 2 * count + 2)
+    last = dataset.batch(1, count - 1)
+    for number in range(2 * count - 1, len(steps)):
+        x, y, weight = steps[number]
+        np.testing.assert_array_equal(x["token_ids"], last[0]["token_ids"])
+        np.testing.assert_array_equal(y, last[1])
+        learned = number < 2 * count
+        np.testing.assert_array_equal(weight, last[2] * learned)
+        assert weight.dtype == last[2].dtype
+    assert steps.counts(2) == (last[0]["padding_mask"].sum(), (last[2] > 0).sum())
+
+
 def test_steps_refuse_what_has_no_numbers_and_what_makes_no_step(dataset):
     with pytest.raises(TypeError, match="PackedDataset or a BucketedDataset"):
         Steps([1, 2])
