@@ -281,10 +281,14 @@ class _Run:
         if self.validation is not None and config.early_stopping:
             step = self.checkpoints.restore(self.lm, best=True)
             say(f"Back to the weights of step {step:,}, the best on validation data.")
+        # Half written by one that was killed; the lock keeps out others.
+        result = result_of(config)
+        for path in result.parent.glob(f".{result.name}.*"):
+            shutil.rmtree(path, ignore_errors=True)
         if config.full:
-            self.lm.save_to_preset(result_of(config), overwrite=True)
+            self.lm.save_to_preset(result, overwrite=True)
         else:
-            self.lm.save_adapter(result_of(config), overwrite=True)
+            self.lm.save_adapter(result, overwrite=True)
         if config.save_preset:
             self.lm.save_to_preset(config.save_preset, overwrite=True)
         self._match("after")

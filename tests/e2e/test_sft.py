@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
 import typer.testing
 
@@ -53,6 +54,30 @@ def die(path, parts):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(path, parts)
 snapshots._write_bytes = die
+"""
+# Validation losses that are best after step 2, and a process that is killed where the
+# variable DIE_IN says.
+BEST_AFTER_2 = """
+import pathlib
+from gemma_keras.sft import callbacks, snapshots
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+def measure(self):
+    if self.step == 4 and os.environ["DIE_IN"] == "validation":
+        die()
+    return {"val_loss": (3.0, 2.5, 2.0, 2.4, 2.2)[self.step], "val_perplexity": 9.0}
+prune, replace = snapshots.prune, pathlib.Path.replace
+def dying_prune(folder, *args):
+    if os.environ["DIE_IN"] == "prune" and (folder / "step-00000003").exists():
+        die()
+    prune(folder, *args)
+def dying_replace(self, target):
+    if os.environ["DIE_IN"] == "adapter" and self.name.startswith(".adapter"):
+        die()
+    return replace(self, target)
+callbacks.Validation._measure = measure
+snapshots.prune = dying_prune
+pathlib.Path.replace = dying_replace
 """
 CALL = "import gemma_keras.cli as c; c.main()"
 
@@ -276,6 +301,36 @@ def test_stopped_and_killed_a_run_ends_as_if_it_had_not_been(random_preset, tmp_
         for folder in (out, tmp_path / "whole")
     )
     assert one == two
+
+
+@pytest.mark.any_backend
+def test_a_run_that_stops_early_returns_to_its_best_weights(random_preset, tmp_path):
+    """Killed before old checkpoints go, while it measures, and as the adapter comes."""
+    out = tmp_path / "out"
+    changes = {"validation_split": 0.3, "validate_every": 1, "early_stopping": 2}
+    given = options(random_preset, out, save_every=1, keep=1, **changes)
+    config = write_yaml(tmp_path / "run.yaml", given)
+    for where, done in (("prune", 3), ("validation", 3), ("adapter", 4)):
+        killed = start(config, code=BEST_AFTER_2, DIE_IN=where)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        held = snapshots.every(out / "checkpoints")
+        assert snapshots.step_of(held[-1]) == done
+        assert not (out / "adapter").exists()
+    assert [snapshots.step_of(path) for path in held] == [2, 4]
+    ended = start(config, code=BEST_AFTER_2, DIE_IN="")
+    assert ended.returncode == 0, ended.stderr
+    assert "Back to the weights of step 2" in ended.stderr
+    assert column(out, "step") == ["1", "2", "3", "4"]
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    lm = GemmaCausalLM.from_preset(random_preset)
+    lm.load_adapter(out / "adapter")
+    with snapshots.variables(held[0]) as (_, read):
+        for variable in lm.backbone.trainable_variables:
+            expected = read(f"weights/{variable.path}")
+            found = keras.ops.convert_to_numpy(variable)
+            np.testing.assert_array_equal(found, expected)
+    left = [path.name for path in out.iterdir() if path.name.endswith(".partial")]
+    assert left == []
 
 
 @pytest.mark.reference
