@@ -61,7 +61,7 @@ class Adapters:
         """
         self.check_unmerged("Adding an adapter")
         self._check_new(name)
-        self._check_config(config)
+        config.check_layers(self._layers)
         if self._trained is None:
             self._freeze()
         self._add_to_layers(name, config, values)
@@ -96,16 +96,6 @@ class Adapters:
             raise ValueError(
                 f"This model already has LoRA enabled under the name {name!r}: give "
                 f"another name, or call delete_adapter({name!r}) first."
-            )
-
-    def _check_config(self, config):
-        unknown = config.unmatched(self._layers)
-        if unknown:
-            known = sorted({path.rsplit("/", 1)[-1] for path in self._layers})
-            raise ValueError(
-                f"No projection is called {', '.join(unknown)}, nor does its path "
-                f"match. Targets may be {', '.join(known)}, all-linear, or a regular "
-                "expression on paths such as decoder_block_0/attention/query."
             )
 
     def _freeze(self):

@@ -903,17 +903,21 @@ def _array_to_torch(x):
     return ops.convert_to_tensor(x) if isinstance(x, np.ndarray) else x
 
 
-def compiled_step(step, fixed, shardings):
+def compiled_step(step, fixed, shardings, keep):
     """A step of Keras' trainer on JAX, compiled, that passes by what it never changes.
 
     Keras gives the program every variable and takes it back. A frozen weight whose
     memory is not JAX's own cannot be given, and would be copied, model and all.
+
+    What is given is no more once the program has begun, so that a Ctrl-C between its
+    end and the caller's next line would leave neither the old state nor the new.
 
     Args:
         step: takes `(state, data)`, returns `(logs, state)`; a state is a tuple of
             lists of arrays.
         fixed: for each of these, the positions whose arrays stay as they are.
         shardings: of a state, or None.
+        keep: is called with each new state, Ctrl-C or not.
     """
 
     def part(state):
@@ -938,8 +942,18 @@ def compiled_step(step, fixed, shardings):
 
     def call(state, data):
         moving, still = part(state)
-        logs, moving = program(moving, still, data)
-        return logs, join(moving, still)
+        results = []
+        try:
+            # The list has the result before Python looks for signals again.
+            results.extend(map(program, [moving], [still], [data]))
+            logs, moving = results[0]
+            state = join(moving, still)
+            keep(state)
+            return logs, state
+        except BaseException:
+            if results:
+                keep(join(results[0][1], still))
+            raise
 
     return call
 
@@ -985,6 +999,21 @@ def _tensorflow_remat(function):
         return function(x), gradient
 
     return call
+
+
+def assign_living(variables, values):
+    """Gives variables what JAX computed, but for what a failed program took along.
+
+    Returns:
+        How many it took along; their variables are left as they are.
+    """
+    lost = 0
+    for variable, value in zip(variables, values, strict=True):
+        if isinstance(value, jax.Array) and value.is_deleted():
+            lost += 1
+        else:
+            variable.assign(value)
+    return lost
 
 
 def sync_training(model):

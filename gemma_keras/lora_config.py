@@ -115,9 +115,20 @@ class LoraConfig:
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.rslora else rank)
 
-    def unmatched(self, paths):
-        """The patterns among `targets` that match none of the layers at `paths`."""
-        return [t for t in self.targets if not any(matches(t, path) for path in paths)]
+    def check_layers(self, paths):
+        """Raises `ValueError` if a target matches none of the layers at `paths`."""
+        unknown = [
+            target
+            for target in self.targets
+            if not any(matches(target, path) for path in paths)
+        ]
+        if unknown:
+            known = sorted({path.rsplit("/", 1)[-1] for path in paths})
+            raise ValueError(
+                f"No projection is called {', '.join(unknown)}, nor does its path "
+                f"match. Targets may be {', '.join(known)}, all-linear, or a regular "
+                "expression on paths such as decoder_block_0/attention/query."
+            )
 
     def num_parameters(self, config):
         """How many numbers it trains in the model of a `GemmaConfig`."""

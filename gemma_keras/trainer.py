@@ -24,6 +24,13 @@ from gemma_keras.packing import EpochDataset
 # there: a step takes a third more time, but a small model is trained before XLA has
 # compiled it.
 XLA_PAYS = 50_000_000
+# What Keras' JAX trainer takes out of a model for its loops, in its order.
+_GROUPS = (
+    "trainable_variables",
+    "non_trainable_variables",
+    "optimizer_variables",
+    "metrics_variables",
+)
 
 
 class TokenMean(keras.metrics.Mean):
@@ -163,13 +170,68 @@ class TokenTrainer(keras.Model):
     def _compiled_for_jax(self, step):
         learns = step == self.train_step
         frozen = {id(v) for v in self.backbone.weights if not (learns and v.trainable)}
-        groups = [self.trainable_variables, self.non_trainable_variables]
-        groups += [self.optimizer.variables] * learns + [self.metrics_variables]
+        names = [name for name in _GROUPS if learns or name != "optimizer_variables"]
+        groups = [self._group(name) for name in names]
         fixed = [{i for i, v in enumerate(g) if id(v) in frozen} for g in groups]
         shardings = None
         if keras.distribution.distribution() is not None:
             shardings = [[v.value.sharding for v in group] for group in groups]
-        return self._make_function(backend.compiled_step(step, fixed, shardings))
+
+        def keep(state):
+            # Past Keras, which would look at every array for layers to track.
+            vars(self)["_jax_state"] = dict(zip(names, state, strict=True))
+
+        return self._make_function(backend.compiled_step(step, fixed, shardings, keep))
+
+    def _group(self, name):
+        """The variables that Keras' JAX trainer calls by a name of `_GROUPS`."""
+        if name == "optimizer_variables":
+            return self.optimizer.variables
+        return getattr(self, name)
+
+    def _get_jax_state(self, purge_model_variables=False, **wanted):
+        # Keras empties the variables and keeps their values in `fit` alone, where an
+        # exception before the first step is done would lose them.
+        state = super()._get_jax_state(**wanted)
+        if purge_model_variables:
+            names = [name for name in _GROUPS if wanted.get(name)]
+            vars(self)["_jax_state"] = dict(zip(names, state, strict=True))
+            self._jax_state_synced = False
+            self._purge_model_variables(**wanted)
+        return state
+
+    def jax_state_sync(self):
+        """As Keras, also with what is left after a step that failed.
+
+        Raises:
+            RuntimeError: weights or the optimizer's state are lost.
+        """
+        if not getattr(self, "_jax_state", None) or self._jax_state_synced:
+            return
+        lost = sum(
+            backend.assign_living(self._group(name), values)
+            for name, values in self._jax_state.items()
+        )
+        self._jax_state_synced = True
+        if lost:
+            raise RuntimeError(
+                f"JAX failed or was interrupted within a step, and {lost} variables "
+                "of the model and its optimizer are lost with it. Load the model "
+                "again and call compile, or give it a checkpoint with "
+                "sft.Checkpoints.restore."
+            )
+
+    @contextlib.contextmanager
+    def _whole_after_failure(self):
+        """On JAX, brings the weights back that Keras' loops leave away when they fail.
+
+        `fit` does so itself; `evaluate` and `predict` do not.
+        """
+        try:
+            yield
+        except BaseException:
+            backend.sync_training(self)
+            raise
 
     def train_step(self, *args):
         """One batch, as Keras has it: `(data)`, or `(state, data)` on JAX."""
@@ -315,7 +377,8 @@ class TokenTrainer(keras.Model):
         optimizer = self.optimizer
         while hasattr(optimizer, "inner_optimizer"):
             optimizer = optimizer.inner_optimizer
-        beta = getattr(optimizer, "beta_2", None)
+        # Muon gives Adam the embeddings and the vectors.
+        beta = getattr(optimizer, "adam_beta_2", getattr(optimizer, "beta_2", None))
         if beta is None or float(ml_dtypes.bfloat16(beta)) < 1:
             return
         if any(
@@ -346,13 +409,15 @@ class TokenTrainer(keras.Model):
             x, y, sample_weight, self.preprocessor, batch_rows=rows
         )
         _check_shares(x)
-        return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
+        with self._whole_after_failure():
+            return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x, **kwargs):
         """Logits, as `keras.Model.predict`; inputs as in `fit`."""
         rows = _streamed(kwargs.get("steps"), kwargs.get("batch_size"))
         x, _, _ = data.prepare(x, None, None, self.preprocessor, batch_rows=rows)
-        return super().predict(x, **kwargs)
+        with self._whole_after_failure():
+            return super().predict(x, **kwargs)
 
 
 def _streamed(steps, batch_size):

@@ -18,6 +18,7 @@ import keras
 
 from gemma_keras import backend, optimizers
 from gemma_keras.sft import snapshots, state
+from gemma_keras.sft.folder import replace
 
 COLUMNS = (
     *("step", "epoch", "loss", "accuracy", "learning_rate", "tokens_per_second"),
@@ -121,7 +122,9 @@ class StepMetrics(StepCallback):
             return
         tokens, supervised = self.steps.counts(self.step)
         self.tokens_seen += tokens
-        logs["epoch"] = self.step / self.steps.steps_per_epoch
+        # The last step may be of fewer batches.
+        epoch = self.step / self.steps.steps_per_epoch
+        logs["epoch"] = min(epoch, float(self.steps.epochs))
         logs["tokens_per_second"] = tokens / seconds
         logs |= {"supervised_tokens": supervised, "tokens_seen": self.tokens_seen}
 
@@ -239,7 +242,7 @@ class Samples(StepCallback):
         super().on_train_begin(logs)
         lines = _lines(self.path)
         kept = [x for x in lines if _step_of_sample(x) <= self.step]
-        _replace(self.path, kept)
+        replace(self.path, "".join(kept))
         if self.step == 0:
             self._ask()
 
@@ -278,12 +281,6 @@ def _lines(path):
     return [line for line in lines if line.endswith("\n")]
 
 
-def _replace(path, lines):
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(lines), "utf-8")
-    partial.replace(path)
-
-
 class MetricsFile(StepCallback):
     """Writes `COLUMNS` of each step to a CSV file; what was not measured is empty.
 
@@ -301,7 +298,7 @@ class MetricsFile(StepCallback):
             for line in _lines(self.path)
             if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= self.step
         ]
-        _replace(self.path, [",".join(COLUMNS) + "\n", *kept])
+        replace(self.path, "".join([",".join(COLUMNS) + "\n", *kept]))
 
     def on_step_end(self, logs):
         row = [_cell(name, logs.get(name, "")) for name in COLUMNS]
@@ -411,13 +408,24 @@ class Checkpoints(StepCallback):
             return done
         held = snapshots.read_state(path)
         self.best, self.saved, self.start = held["best"], done, done
-        for callback in self.callbacks:
+        for name, callback in self._by_name().items():
             callback.start = done
-            callback.set_state(held["callbacks"].get(type(callback).__name__, {}))
+            callback.set_state(held["callbacks"].get(name, {}))
         for other in snapshots.every(self.folder):
             if snapshots.step_of(other) > done:
                 snapshots.remove(other)
         return done
+
+    def _by_name(self):
+        """The callbacks by what a snapshot calls them: their class, and which of it."""
+        found = {}
+        for callback in self.callbacks:
+            name, number = type(callback).__name__, 1
+            while name in found:
+                number += 1
+                name = f"{type(callback).__name__}#{number}"
+            found[name] = callback
+        return found
 
     def on_step_end(self, logs):
         better = "val_loss" in logs and (
@@ -448,7 +456,7 @@ class Checkpoints(StepCallback):
         held = {
             "step": self.step,
             "best": self.best,
-            "callbacks": {type(c).__name__: c.get_state() for c in self.callbacks},
+            "callbacks": {n: c.get_state() for n, c in self._by_name().items()},
             "backend": backend.NAME,
         }
         snapshots.write(self.folder, self.step, state.collect(self.model), held)

@@ -14,6 +14,7 @@ import typing
 from gemma_keras.chat import LOSS_ON
 from gemma_keras.encoding import TEMPLATES, TOO_LONG
 from gemma_keras.examples import FORMATS, read_columns
+from gemma_keras.lora_config import LoraConfig, layer_shapes
 from gemma_keras.quantization import MODES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
@@ -21,6 +22,8 @@ OPTIMIZERS = ("adamw", "adam", "adafactor", "lion", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
 MODEL, DATA, LORA = "Model", "Data", "LoRA"
 TRAINING, RUN = "Training", "The run's folder"
+# Optimizers whose memory of squares, 0.999 by default, is 1 in bfloat16.
+STUCK = ("adamw", "adam", "muon")
 # A run may go on with another value of these.
 FREE = ("backend", "devices")
 
@@ -52,7 +55,7 @@ class RunConfig:
     )
     dtype: str = setting(
         "auto",
-        "How to hold the weights; auto is as they are stored.",
+        "How to hold the weights; auto is as they are stored, and float32 with full.",
         choices=DTYPES,
         group=MODEL,
     )
@@ -259,6 +262,12 @@ class RunConfig:
             wrong.append("full trains every weight: LoRA's options have no meaning.")
         if self.full and self.quantize:
             wrong.append("quantize freezes the weights, and full trains them.")
+        if self.full and self.dtype == "bfloat16" and self.optimizer in STUCK:
+            wrong.append(
+                f"full with {self.optimizer} cannot train weights in bfloat16, where "
+                "each of its steps rounds to 0: leave dtype out, for float32, or give "
+                "mixed_bfloat16; or take the optimizer adafactor, lion or sgd."
+            )
         return wrong
 
     @classmethod
@@ -278,24 +287,42 @@ class RunConfig:
         refuse_unknown(values, path)
         return cls(**{**(defaults or {}), **values})
 
-    def resolved(self, max_position):
+    def resolved(self, model, stored, packings=()):
         """The config with the values that go by others and by the model filled in.
 
         Args:
-            max_position: tokens that the model was trained for.
+            model: its `GemmaConfig`.
+            stored: the dtype of its checkpoint.
+            packings: paths of the layers that the checkpoint keeps in few bits.
 
         Raises:
-            ConfigError: `sequence_length` is more than that.
+            ConfigError: the options do not fit the model.
+            ValueError: LoRA's do not.
         """
+        max_position = model.max_position
+        if self.full and packings:
+            raise ConfigError(
+                f"full trains every weight, and those of {self.preset} are in few "
+                "bits, which cannot be trained: leave full out, or start from the "
+                "model that it was made of."
+            )
         length = self.sequence_length or min(1024, max_position)
         if length > max_position:
             raise ConfigError(
                 f"sequence_length must be at most {max_position:,}, which {self.preset}"
                 f" was trained for, got {length:,}."
             )
-        targets = [] if self.full else self.lora_targets or ["query", "value"]
+        targets, dtype = [], self.dtype
+        if not self.full:
+            targets = self.lora_targets or ["query", "value"]
+            lora = LoraConfig(rank=self.lora_rank, targets=targets)
+            lora.check_layers(layer_shapes(model))
+        elif dtype == "auto" and stored != "float32":
+            # In 16 bits most steps are smaller than what a weight is rounded to.
+            dtype = "float32"
         return dataclasses.replace(
             self,
+            dtype=dtype,
             sequence_length=length,
             lora_alpha=self.lora_alpha or float(self.lora_rank),
             lora_targets=targets,

@@ -7,16 +7,24 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import sys
 
 import gemma_keras
+from gemma_keras.sft import snapshots
 from gemma_keras.sft.config import RunConfig
 
 CONFIG, RUN, LOCK = "config.yaml", "run.json", ".lock"
+CHECKPOINTS = "checkpoints"
+# What a run leaves along the way that one begun anew would not write over at once.
+_LEFT = ("metrics.csv", "samples.jsonl", "answers_before.jsonl", "report.html")
 
 
 class RunFolder:
     """The folder of a run with a config, new or to be gone on with.
+
+    A run that ended before its first checkpoint has nothing to go on from: the folder
+    counts as new, whatever its config was.
 
     Args:
         config: a `RunConfig`.
@@ -34,13 +42,19 @@ class RunFolder:
         self.config = config
         self.path = pathlib.Path(config.out)
         self.info = {"status": "new", "title": self.path.resolve().name}
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or {x.name for x in self.path.iterdir()} <= {LOCK}:
             return
         if not (self.path / CONFIG).exists():
             raise ValueError(
                 f"{self.path} holds something else than a run: name a new folder "
                 "with out."
             )
+        info = self.info
+        if (self.path / RUN).exists():
+            info = json.loads((self.path / RUN).read_text("utf-8"))
+        if info["status"] != "finished" and not self.has_checkpoint:
+            return
+        self.info = info
         there = RunConfig.read(self.path / CONFIG)
         different = there.differences(config)
         if different:
@@ -49,13 +63,16 @@ class RunFolder:
                 f"{self.path} holds a run with other options, so it cannot go on:"
                 f"{lines}\nGive the same, or name a new folder with out."
             )
-        if (self.path / RUN).exists():
-            self.info = json.loads((self.path / RUN).read_text("utf-8"))
 
     @property
     def status(self):
         """How far the run came."""
         return self.info["status"]
+
+    @property
+    def has_checkpoint(self):
+        """Whether there is something to go on from."""
+        return bool(snapshots.every(self.path / CHECKPOINTS))
 
     @contextlib.contextmanager
     def locked(self):
@@ -76,7 +93,7 @@ class RunFolder:
             yield
 
     def start(self, files):
-        """Notes that the run goes on, of which data.
+        """Notes that the run begins or goes on, with which data.
 
         Args:
             files: path to a description of what was found in it.
@@ -95,24 +112,55 @@ class RunFolder:
                     "so it cannot go on: put the file back as it was, or name a new "
                     "folder with out."
                 )
-        if not (self.path / CONFIG).exists():
+        if self.status == "new":
+            for name in _LEFT:
+                (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
             replace(self.path / CONFIG, self.config.as_yaml())
         self.update(status="running", data=data)
 
     def update(self, **values):
-        """Writes values to `run.json`."""
+        """Writes values to `run.json`, on a full disk too where that can be.
+
+        Raises:
+            OSError: it cannot; the file is as it was.
+        """
         self.info |= values
-        replace(self.path / RUN, json.dumps(self.info, indent=2, ensure_ascii=False))
+        text = json.dumps(self.info, indent=2, ensure_ascii=False)
+        try:
+            replace(self.path / RUN, text)
+        except OSError:
+            if not _written_over(self.path / RUN, text):
+                raise
 
 
 def replace(path, text):
-    """Writes a text file that appears when it is complete."""
+    """Writes a text file that appears when it is complete, or leaves what is there."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _written_over(path, text):
+    """Writes a file over where it is, if the disk has given it room; whether it did."""
+    data = text.encode()
+    try:
+        with path.open("r+b") as file:
+            # Of 512 bytes each; Windows does not tell.
+            room = 512 * getattr(os.fstat(file.fileno()), "st_blocks", 0)
+            if len(data) <= room:
+                file.write(data)
+                file.truncate()
+            return len(data) <= room
+    except OSError:
+        return False
 
 
 def _sha256(path):

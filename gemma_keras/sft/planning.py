@@ -117,7 +117,7 @@ def plan(config, memory=None):
         CheckpointError: `config.preset` cannot be read.
     """
     model, stored, packings = _facts(config.preset)
-    config = config.resolved(model.max_position)
+    config = config.resolved(model, stored, packings)
     there = backend.device_memory()
     device = "cpu" if there is None else "gpu"
     memory = memory or there or _free_memory()

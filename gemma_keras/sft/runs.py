@@ -12,7 +12,7 @@ from gemma_keras.console import loading, say, size
 from gemma_keras.loading import load_preprocessor, open_source
 from gemma_keras.sft import callbacks, state, tensorboard
 from gemma_keras.sft.examples import read_data
-from gemma_keras.sft.folder import RunFolder, replace, versions
+from gemma_keras.sft.folder import CHECKPOINTS, RunFolder, replace, versions
 from gemma_keras.sft.progress import Progress
 from gemma_keras.sft.report import write_report
 from gemma_keras.sft.steps import Steps
@@ -40,7 +40,9 @@ def run(config):
     if config.devices == "all":
         distribution.use_all_devices(config.batch_size)
     with open_source(config.preset) as checkpoint:
-        config = config.resolved(checkpoint.config.max_position)
+        config = config.resolved(
+            checkpoint.config, checkpoint.dtype, checkpoint.packings
+        )
         preprocessor = load_preprocessor(checkpoint)
     if preprocessor is None:
         raise ValueError(f"{config.preset} holds no tokenizer.")
@@ -187,7 +189,7 @@ class _Run:
             found.append(tensorboard.TensorBoard(path / "tensorboard"))
         found += [Progress(total), callbacks.StopOnDivergence()]
         self.checkpoints = callbacks.Checkpoints(
-            path / "checkpoints",
+            path / CHECKPOINTS,
             config.save_every,
             keep=config.keep,
             callbacks=found,
@@ -236,11 +238,27 @@ class _Run:
                     verbose=0,
                     callbacks=[*self.callbacks, stopper],
                 )
+            except callbacks.DivergenceError as error:
+                told = f"{error}\n{self._what_is_left()}"
+                raise callbacks.DivergenceError(told) from error
             finally:
                 for callback in self.callbacks:
                     callback.close()
         finished = self.checkpoints.saved == steps.total
         return None if finished else stopper.signal
+
+    def _what_is_left(self):
+        """What a run that failed has to go on from, and what is allowed then."""
+        if self.checkpoints.saved is None:
+            return (
+                "Nothing was saved, as there was no checkpoint yet: the command with "
+                f"other options begins anew in {self.folder.path}."
+            )
+        return (
+            f"The checkpoint of step {self.checkpoints.saved:,} is kept. From it the "
+            "same options would lead here again, and others are for a new run: name "
+            "another folder with out."
+        )
 
     def _match(self, when):
         """Has validation examples answered, and notes how many are right."""
@@ -263,10 +281,14 @@ class _Run:
         if self.validation is not None and config.early_stopping:
             step = self.checkpoints.restore(self.lm, best=True)
             say(f"Back to the weights of step {step:,}, the best on validation data.")
+        # Half written by one that was killed; the lock keeps out others.
+        result = result_of(config)
+        for path in result.parent.glob(f".{result.name}.*"):
+            shutil.rmtree(path, ignore_errors=True)
         if config.full:
-            self.lm.save_to_preset(result_of(config), overwrite=True)
+            self.lm.save_to_preset(result, overwrite=True)
         else:
-            self.lm.save_adapter(result_of(config), overwrite=True)
+            self.lm.save_adapter(result, overwrite=True)
         if config.save_preset:
             self.lm.save_to_preset(config.save_preset, overwrite=True)
         self._match("after")

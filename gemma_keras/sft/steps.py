@@ -18,8 +18,9 @@ class Steps(keras.utils.PyDataset):
     Args:
         dataset: a `PackedDataset` or `BucketedDataset`.
         epochs: times to go through it.
-        accumulation: batches that make one step; what is left at the end, too few for
-            a step, is not given.
+        accumulation: batches that make one step. If fewer are left for the last, it is
+            filled up with batches of which nothing is learned: a step is the mean over
+            its tokens, so it is that of those left.
         max_steps: end after so many steps in any case.
         start: steps that are done already.
 
@@ -40,8 +41,9 @@ class Steps(keras.utils.PyDataset):
             )
         self.dataset, self.accumulation, self.start = dataset, accumulation, start
         batches = len(dataset) * epochs
-        self.total = min(batches // accumulation, max_steps or batches)
-        if not self.total:
+        self.epochs, self._batches = epochs, batches
+        self.total = min(-(-batches // accumulation), max_steps or batches)
+        if batches < accumulation:
             raise ValueError(
                 f"{batches} batches are too few for a step of {accumulation}: lower "
                 "batch_size or accumulation, or raise epochs."
@@ -62,12 +64,19 @@ class Steps(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         number = self.start * self.accumulation + index
-        batch = self.dataset.whole_batch(*divmod(number, len(self.dataset)))
+        if number >= self._batches:
+            x, y, weight = self.dataset.whole_batch(*self._place(self._batches - 1))
+            return self.dataset.share((x, y, np.zeros_like(weight)))
+        batch = self.dataset.whole_batch(*self._place(number))
         x, _, weight = batch
         # Read ahead by another thread, and asked for when the step is done.
         tokens = int(np.sum(x["padding_mask"]))
         self._counts[number] = (tokens, int(np.count_nonzero(weight)))
         return self.dataset.share(batch)
+
+    def _place(self, number):
+        """Epoch and number within it of a batch of the run."""
+        return divmod(number, len(self.dataset))
 
     def counts(self, step):
         """Tokens of a step, counted from 1, and how many of them were learned."""

@@ -9,6 +9,7 @@ from slopes import gradients, relative
 from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig, backend, loss
 from gemma_keras.geglu import geglu
 from gemma_keras.optimizers import (
+    OPTIMIZERS,
     LoraPlus,
     TokenAccumulation,
     make_optimizer,
@@ -287,6 +288,59 @@ def test_optimizers_leave_norms_to_the_gradient(name):
     optimizer.apply([ops.zeros(4), ops.zeros((4, 4))], [scale, kernel])
     np.testing.assert_array_equal(ops.convert_to_numpy(scale), np.ones(4))
     np.testing.assert_allclose(ops.convert_to_numpy(kernel), 0.95, rtol=1e-5)
+
+
+# Large ones, so that few steps show what each does.
+RATES = {"adam": 0.1, "adafactor": 10.0, "lion": 0.1, "muon": 0.3, "sgd": 1.0}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_every_optimizer_learns_with_lora_accumulation_and_remat(name):
+    """On torch also compared with Keras' own, alone and on all rows at once."""
+    x, y, weights = batch()
+
+    def losses(optimizer, batch_size, **settings):
+        lm = make()
+        keras.utils.set_random_seed(3)
+        lm.backbone.enable_lora(2)
+        # TensorFlow would trace and compile each for ten seconds.
+        eagerly = backend.NAME == "tensorflow"
+        lm.compile(optimizer, run_eagerly=eagerly, **settings)
+        data = {"sample_weight": weights, "batch_size": batch_size, "shuffle": False}
+        return lm.fit(x, y, epochs=3, verbose=0, **data).history["loss"]
+
+    accumulated = {"gradient_accumulation_steps": 2, "remat": True}
+    ours = make_optimizer(name, RATES[name], clip_norm=None)
+    found = losses(ours, 4, **accumulated)
+    assert found[2] < found[1] < found[0]
+    if backend.NAME == "torch":
+        plain = {"weight_decay": 0.0}
+        plain |= {"relative_step": False} if name == "adafactor" else {}
+        make_theirs = getattr(keras.optimizers, OPTIMIZERS[name])
+        expected = losses(make_theirs(RATES[name], **plain), 8)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_the_gradient_of_a_step_is_clipped_by_its_norm():
+    """All variables together, after the mean over the tokens of its batches."""
+    rng = np.random.default_rng(5)
+    first, second = ([rng.normal(size=s) for s in ((3, 2), (4,))] for _ in range(2))
+    tokens = (3.0, 1.0, 0.0)
+    none = [np.zeros_like(gradient) for gradient in first]
+    variables = [keras.Variable(np.zeros_like(g), dtype="float32") for g in first]
+    sgd = make_optimizer("sgd", 1.0, clip_norm=0.5)
+    optimizer = TokenAccumulation(sgd, 3)
+    optimizer.build(variables)
+    for weight, slopes in zip(tokens, (first, second, none), strict=True):
+        optimizer.tokens = weight
+        slopes = [ops.convert_to_tensor(slope, "float32") for slope in slopes]
+        optimizer.apply(slopes, variables)
+    means = [(3 * one + two) / 4 for one, two in zip(first, second, strict=True)]
+    norm = np.sqrt(sum(np.sum(np.square(mean)) for mean in means))
+    assert norm > 1
+    for variable, mean in zip(variables, means, strict=True):
+        found = ops.convert_to_numpy(variable)
+        np.testing.assert_allclose(found, -mean * 0.5 / norm, rtol=1e-5)
 
 
 def test_lora_plus_takes_longer_steps_with_b():

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from gemma_keras import PackedDataset, encode_examples, read_examples
+from gemma_keras import PackedDataset, backend, encode_examples, read_examples
 from gemma_keras.optimizers import make_optimizer
 from gemma_keras.sft import (
     Checkpoints,
@@ -22,6 +22,7 @@ from gemma_keras.sft import (
     TensorBoard,
     Validation,
     snapshots,
+    state,
 )
 from gemma_keras.sft.state import StateError
 
@@ -76,6 +77,21 @@ def test_steps_are_the_batches_of_all_epochs_from_any_of_them_on(dataset):
     two = Steps(dataset, 3, accumulation=2, max_steps=2, start=1)
     assert (two.total, len(two)) == (2, 2)
     np.testing.assert_array_equal(two[0][1], steps[2][1])
+
+
+def test_the_last_step_is_of_the_batches_that_are_left(dataset):
+    count = len(dataset)
+    steps = Steps(dataset, epochs=2, accumulation=count + 1)
+    assert (steps.total, len(steps)) == (2, 2 * count + 2)
+    last = dataset.batch(1, count - 1)
+    for number in range(2 * count - 1, len(steps)):
+        x, y, weight = steps[number]
+        np.testing.assert_array_equal(x["token_ids"], last[0]["token_ids"])
+        np.testing.assert_array_equal(y, last[1])
+        learned = number < 2 * count
+        np.testing.assert_array_equal(weight, last[2] * learned)
+        assert weight.dtype == last[2].dtype
+    assert steps.counts(2) == (last[0]["padding_mask"].sum(), (last[2] > 0).sum())
 
 
 def test_steps_refuse_what_has_no_numbers_and_what_makes_no_step(dataset):
@@ -232,6 +248,26 @@ def test_the_validation_stops_after_its_patience_and_the_best_is_kept(tmp_path):
     assert validation.has_stopped
     assert checkpoints.best == {"name": snapshots.name_of(4), "val_loss": 2.0}
     assert kept == [2, 4, 8]
+
+
+@pytest.mark.any_backend
+def test_callbacks_of_one_class_keep_their_own_states(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "first_bad", lambda lm: None)
+    monkeypatch.setattr(state, "collect", lambda lm: {})
+    monkeypatch.setattr(state, "restore", lambda lm, names, read: None)
+    monkeypatch.setattr(backend, "sync_training", lambda lm: None)
+
+    def make():
+        found = [Validation([], 1), StepMetrics(), Validation([], 2)]
+        return found, Checkpoints(tmp_path, 1, callbacks=found)
+
+    (one, _, two), checkpoints = make()
+    one.best, two.best = 1.5, 2.5
+    checkpoints.step = 4
+    checkpoints.save()
+    (one, _, two), checkpoints = make()
+    assert checkpoints.restore(None) == 4
+    assert (one.best, two.best, one.start, two.start) == (1.5, 2.5, 4, 4)
 
 
 @pytest.mark.any_backend

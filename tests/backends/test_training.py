@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from keras import ops
 
+from gemma_keras.sft import Checkpoints
+
 PAIRS = {
     "prompts": ["The cat sat on", "A dog came", "Two birds", "They talked of"],
     "responses": [" the mat", " by and asked", " sang 12 songs", " stars, of mice"],
@@ -250,3 +252,54 @@ def test_gradients_reach_the_embeddings_that_are_given(new_lm, backend):
     high = float(ops.convert_to_numpy(value(ops.convert_to_tensor(rows + step * way))))
     low = float(ops.convert_to_numpy(value(ops.convert_to_tensor(rows - step * way))))
     assert (gradient * way).sum() == pytest.approx((high - low) / (2 * step), rel=0.02)
+
+
+def good_and_bad(lm):
+    """Two batches that the model can take, and a third whose parts do not fit."""
+    x, y, weights = lm.preprocessor(["The cat sat", "A dog"], sequence_length=8)
+    yield x, y, weights
+    yield x, y, weights
+    yield {key: value[:, :5] for key, value in x.items()}, y, weights
+
+
+def test_a_batch_that_fails_leaves_the_model_as_it_was(new_lm):
+    """Keras' JAX trainer keeps the weights outside of the model meanwhile."""
+    lm = stepwise(new_lm())
+    for work, steps in (("fit", "steps_per_epoch"), ("evaluate", "steps")):
+        with pytest.raises(Exception) as failure:
+            getattr(lm, work)(good_and_bad(lm), **{steps: 3}, verbose=0)
+        assert "deleted" not in str(failure.value)
+        assert "NoneType" not in str(failure.value)
+        assert int(lm.optimizer.iterations) == 2
+        assert lm.generate("The", max_new_tokens=2).startswith("The")
+    losses = [
+        lm.fit(good_and_bad(lm), steps_per_epoch=2, verbose=0).history["loss"][0]
+        for _ in range(2)
+    ]
+    assert losses[1] < losses[0]
+    assert int(lm.optimizer.iterations) == 6
+
+
+def test_what_a_failed_program_took_along_is_told_and_restored(
+    new_lm, backend, tmp_path
+):
+    if backend != "jax":
+        pytest.skip("only JAX gives the weights away during a step")
+    lm = stepwise(new_lm())
+    checkpoints = Checkpoints(tmp_path, 1)
+    steps = {"steps_per_epoch": 2, "verbose": 0}
+    lm.fit(good_and_bad(lm), callbacks=[checkpoints], **steps)
+    expected = [np.array(ops.convert_to_numpy(v)) for v in lm.weights]
+
+    class Loss(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            # self.model would bring them to the variables first.
+            for value in lm._jax_state["trainable_variables"][::2]:
+                value.delete()
+            raise InterruptedError
+
+    with pytest.raises(RuntimeError, match="lost with it"):
+        lm.fit(good_and_bad(lm), callbacks=[Loss()], **steps)
+    assert Checkpoints(tmp_path, 1).restore(lm) == 2
+    for variable, value in zip(lm.weights, expected, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(variable), value)

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -11,11 +12,12 @@ import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
 import typer.testing
 
-from gemma_keras import cli, registry
-from gemma_keras.sft import RunConfig, run, snapshots
+from gemma_keras import GemmaCausalLM, cli, registry
+from gemma_keras.sft import RunConfig, callbacks, run, snapshots
 
 LESSONS = registry.locate() / "demo" / "lessons.jsonl"
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -52,6 +54,30 @@ def die(path, parts):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(path, parts)
 snapshots._write_bytes = die
+"""
+# Validation losses that are best after step 2, and a process that is killed where the
+# variable DIE_IN says.
+BEST_AFTER_2 = """
+import pathlib
+from gemma_keras.sft import callbacks, snapshots
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+def measure(self):
+    if self.step == 4 and os.environ["DIE_IN"] == "validation":
+        die()
+    return {"val_loss": (3.0, 2.5, 2.0, 2.4, 2.2)[self.step], "val_perplexity": 9.0}
+prune, replace = snapshots.prune, pathlib.Path.replace
+def dying_prune(folder, *args):
+    if os.environ["DIE_IN"] == "prune" and (folder / "step-00000003").exists():
+        die()
+    prune(folder, *args)
+def dying_replace(self, target):
+    if os.environ["DIE_IN"] == "adapter" and self.name.startswith(".adapter"):
+        die()
+    return replace(self, target)
+callbacks.Validation._measure = measure
+snapshots.prune = dying_prune
+pathlib.Path.replace = dying_replace
 """
 CALL = "import gemma_keras.cli as c; c.main()"
 
@@ -204,6 +230,40 @@ def test_a_finished_run_says_so_and_another_config_is_refused(whole, random_pres
     assert (whole / "metrics.csv").read_bytes() == before
 
 
+def test_a_run_without_a_checkpoint_may_begin_anew(
+    random_preset, tmp_path, monkeypatch
+):
+    """Here one that trains every weight of a bfloat16 checkpoint, after NaN."""
+    preset, out = tmp_path / "bfloat16", tmp_path / "out"
+    lm = GemmaCausalLM.from_preset(random_preset, dtype="bfloat16")
+    lm.save_to_preset(preset)
+    given = options(preset, out, full=True, max_steps=2)
+    config = write_yaml(tmp_path / "run.yaml", given)
+    write = callbacks.MetricsFile.on_step_end
+
+    def poison(self, logs):
+        logs["loss"] = math.nan
+        write(self, logs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.MetricsFile, "on_step_end", poison)
+        result = invoke("sft", config, "--seed", "6")
+    assert result.exit_code == 1
+    told = " ".join(result.stderr.split())
+    assert "The loss of step 1 is nan." in told
+    assert "Nothing was saved, as there was no checkpoint yet" in told
+    assert "begins anew in" in told
+    assert metrics(out)[0]["loss"] == "nan"
+    assert RunConfig.read(out / "config.yaml").dtype == "float32"
+    result = invoke("sft", config, "--learning-rate", "1e-3")
+    assert result.exit_code == 0, result.stderr
+    assert [float(x) > 0 for x in column(out, "loss")] == [True, True]
+    assert RunConfig.read(out / "config.yaml").learning_rate == 1e-3
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    result = invoke("sft", config, "--learning-rate", "1e-4")
+    assert "holds a run with other options" in result.stderr
+
+
 def invoke(*arguments):
     return typer.testing.CliRunner().invoke(
         cli.app, [*map(str, arguments)], prog_name="gemma-keras"
@@ -241,6 +301,36 @@ def test_stopped_and_killed_a_run_ends_as_if_it_had_not_been(random_preset, tmp_
         for folder in (out, tmp_path / "whole")
     )
     assert one == two
+
+
+@pytest.mark.any_backend
+def test_a_run_that_stops_early_returns_to_its_best_weights(random_preset, tmp_path):
+    """Killed before old checkpoints go, while it measures, and as the adapter comes."""
+    out = tmp_path / "out"
+    changes = {"validation_split": 0.3, "validate_every": 1, "early_stopping": 2}
+    given = options(random_preset, out, save_every=1, keep=1, **changes)
+    config = write_yaml(tmp_path / "run.yaml", given)
+    for where, done in (("prune", 3), ("validation", 3), ("adapter", 4)):
+        killed = start(config, code=BEST_AFTER_2, DIE_IN=where)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        held = snapshots.every(out / "checkpoints")
+        assert snapshots.step_of(held[-1]) == done
+        assert not (out / "adapter").exists()
+    assert [snapshots.step_of(path) for path in held] == [2, 4]
+    ended = start(config, code=BEST_AFTER_2, DIE_IN="")
+    assert ended.returncode == 0, ended.stderr
+    assert "Back to the weights of step 2" in ended.stderr
+    assert column(out, "step") == ["1", "2", "3", "4"]
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    lm = GemmaCausalLM.from_preset(random_preset)
+    lm.load_adapter(out / "adapter")
+    with snapshots.variables(held[0]) as (_, read):
+        for variable in lm.backbone.trainable_variables:
+            expected = read(f"weights/{variable.path}")
+            found = keras.ops.convert_to_numpy(variable)
+            np.testing.assert_array_equal(found, expected)
+    left = [path.name for path in out.iterdir() if path.name.endswith(".partial")]
+    assert left == []
 
 
 @pytest.mark.reference
@@ -299,7 +389,7 @@ def test_the_example_config_runs(tmp_path, monkeypatch):
     assert len(metrics(tmp_path / "run")) == 2
     again = RunConfig.read(tmp_path / "run" / "config.yaml")
     expected = RunConfig.read(example, {"max_steps": 2, "out": str(tmp_path / "run")})
-    assert again == expected.resolved(256)
+    assert again == expected.resolved(registry.find(expected.preset).config, "float32")
 
 
 @pytest.mark.parametrize(
@@ -310,6 +400,8 @@ def test_the_example_config_runs(tmp_path, monkeypatch):
         (("--train", "nowhere.jsonl"), 1, "nowhere.jsonl"),
         (("--preset", "gemma_tiny_em"), 1, "Did you mean gemma_tiny_en"),
         (("--sequence-length", "100000"), 1, "sequence_length must be at most"),
+        (("--lora-targets", "quary"), 1, "No projection is called quary"),
+        (("--full", "--dtype", "bfloat16"), 2, "leave dtype out"),
         (("--out", "."), 1, "something else than a run"),
         (("--save-preset", "."), 1, "save_preset: . exists"),
     ],

@@ -88,6 +88,12 @@ def plan(memory, **settings):
     return planning.plan(RunConfig(**given), memory)
 
 
+def test_all_weights_of_a_bfloat16_preset_are_planned_in_float32():
+    count = registry.find("gemma_2b_en").config.num_parameters
+    assert plan(10e9, full=True)[0].parts["weights"] == 4 * count
+    assert plan(10e9)[0].parts["weights"] == 2 * count
+
+
 def test_what_fits_may_grow():
     found, there, proposals = plan(200e9)
     assert found.total <= there == 200e9

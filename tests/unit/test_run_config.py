@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from gemma_keras import registry
 from gemma_keras.sft.config import ConfigError, RunConfig
 
 pytestmark = pytest.mark.any_backend
@@ -54,6 +55,7 @@ def test_its_yaml_gives_the_same_config(tmp_path):
         ("column: ask=prompt", "'ask' is no role; the roles are text, prompt"),
         ("column: [prompt=a, prompt=b]", "prompt is given twice"),
         ("full: true\ndora: true", "full trains every weight"),
+        ("full: true\ndtype: bfloat16", "leave dtype out, for float32"),
         ("epochs: 1\nepochs: 2", "epochs is given twice"),
         ("a: [", "is not YAML"),
         ("just text", "must hold lines of `option: value`"),
@@ -86,11 +88,28 @@ def test_differences_name_the_options_and_leave_the_backend_free():
 
 
 def test_what_goes_by_the_model_is_filled_in():
-    config = RunConfig(**NEEDED, lora_rank=4).resolved(256)
+    tiny, large = (registry.find(n).config for n in ("gemma_tiny_en", "gemma_2b_en"))
+    config = RunConfig(**NEEDED, lora_rank=4).resolved(tiny, "float32")
     assert (config.sequence_length, config.lora_alpha) == (256, 4.0)
-    assert RunConfig(**NEEDED).resolved(8192).sequence_length == 1024
+    assert RunConfig(**NEEDED).resolved(large, "bfloat16").sequence_length == 1024
     with pytest.raises(ConfigError, match="at most 256, which gemma_tiny_en"):
-        RunConfig(**NEEDED, sequence_length=512).resolved(256)
+        RunConfig(**NEEDED, sequence_length=512).resolved(tiny, "float32")
+    with pytest.raises(ValueError, match="No projection is called quary"):
+        RunConfig(**NEEDED, lora_targets="quary").resolved(tiny, "float32")
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_every_weight_is_trained_in_float32_unless_another_dtype_is_given(stored):
+    model = registry.find("gemma_tiny_en").config
+
+    def dtype(**given):
+        return RunConfig(**NEEDED, **given).resolved(model, stored).dtype
+
+    assert dtype() == "auto"
+    assert dtype(full=True) == ("auto" if stored == "float32" else "float32")
+    assert dtype(full=True, dtype="mixed_bfloat16") == "mixed_bfloat16"
+    with pytest.raises(ConfigError, match="in few bits"):
+        RunConfig(**NEEDED, full=True).resolved(model, stored, ["some/layer"])
 
 
 def test_the_choices_are_those_of_what_takes_them():

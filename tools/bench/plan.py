@@ -110,7 +110,7 @@ def measure(backend, path, config, data, settings):
     with tempfile.TemporaryDirectory() as out:
         given = {"preset": str(path), "train": [str(data)], "out": f"{out}/run"}
         given |= {"max_steps": 3, "epochs": 1, "backend": backend, **settings}
-        run = RunConfig.read(None, given).resolved(config.max_position)
+        run = RunConfig.read(None, given).resolved(config, "float32")
         predicted = planning.predict(config, run, "float32", backend).total
         flags = [part for pair in given.items() for part in _flag(*pair)]
         done = subprocess.run(
