@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from gemma_keras import trainer
 from gemma_keras.sft import Checkpoints
 
 PAIRS = {
@@ -34,11 +35,17 @@ def stepwise(lm):
     return lm
 
 
-def test_training_as_keras_compiles_it_by_default(new_lm):
-    lm = new_lm()
-    lm.compile(optimizer=keras.optimizers.Adam(0.01))
-    history = lm.fit(PAIRS, batch_size=4, epochs=4, verbose=0).history
-    assert history["loss"][-1] < 0.9 * history["loss"][0]
+def test_training_as_large_models_are_compiled_by_default(new_lm, monkeypatch):
+    monkeypatch.setattr(trainer, "XLA_PAYS", 1)  # on TensorFlow's CPU too
+    curves = []
+    for remat in (False, True):
+        lm = new_lm()
+        lm.compile(optimizer=keras.optimizers.Adam(0.01), remat=remat)
+        assert lm.jit_compile == (keras.backend.backend() != "torch")
+        history = lm.fit(PAIRS, batch_size=4, epochs=4, verbose=0).history
+        curves.append(history["loss"])
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
