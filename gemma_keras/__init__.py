@@ -15,6 +15,7 @@ _MODULES = {
     "GemmaConfig": "config",
     "GemmaTokenizer": "tokenizer",
     "PackedDataset": "packing",
+    "PromptCache": "generation",
     "Quantization": "quantization",
     "encode_examples": "encoding",
     "push": "hubs",

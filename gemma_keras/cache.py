@@ -32,10 +32,14 @@ class Cache(NamedTuple):
         return newest + 1
 
 
-def make_cache(config, batch_size, capacity, dtype):
-    """An empty `Cache` for `capacity` tokens a row, pads included."""
+def make_cache(config, batch_size, capacity, dtype, rings=True):
+    """An empty `Cache` for `capacity` tokens a row, pads included.
+
+    Without `rings`, sliding-window layers keep all tokens too, so that any number of
+    the newest can be taken back.
+    """
     shape = (batch_size, config.num_kv_heads, -1, config.head_dim)
-    slots = {"G": capacity, "L": min(capacity, config.sliding_window or capacity)}
+    slots = _slots(config, capacity, rings)
     kinds = config.layer_kinds
 
     def buffers():
@@ -51,12 +55,17 @@ def make_cache(config, batch_size, capacity, dtype):
     return Cache(buffers(), buffers(), positions, 0)
 
 
-def grow_cache(cache, config, capacity):
-    """The same tokens with room for `capacity`.
+def _slots(config, capacity, rings):
+    window = config.sliding_window if rings else None
+    return {"G": capacity, "L": min(capacity, window or capacity)}
+
+
+def grow_cache(cache, config, capacity, rings=True):
+    """The same tokens with room for `capacity`; `rings` is as in `make_cache`.
 
     A ring smaller than its window has never wrapped, so it grows at its end too.
     """
-    slots = {"G": capacity, "L": min(capacity, config.sliding_window or capacity)}
+    slots = _slots(config, capacity, rings)
 
     def grow(array, axis, kind, value):
         missing = slots[kind] - array.shape[axis]
@@ -70,6 +79,23 @@ def grow_cache(cache, config, capacity):
         {kind: grow(p, 1, kind, EMPTY) for kind, p in cache.positions.items()},
         cache.length,
     )
+
+
+def cut_cache(cache, dropped):
+    """The cache of one row without its `dropped` newest tokens.
+
+    None if a ring has wrapped: what these tokens have pushed out is gone.
+    """
+    length = int(cache.length)
+    if any(p.shape[1] < length for p in cache.positions.values()):
+        return None
+
+    def cut(positions):
+        end = ops.max(positions) - dropped
+        return ops.where(positions <= end, positions, EMPTY)
+
+    positions = {kind: cut(p) for kind, p in cache.positions.items()}
+    return cache._replace(positions=positions, length=backend.counter(length - dropped))
 
 
 class LayerCache:

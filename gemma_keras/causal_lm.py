@@ -260,6 +260,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
         sampler=None,
         seed=None,
         return_log_probs=False,
+        prompt_cache=None,
     ):
         """Continue prompts.
 
@@ -278,6 +279,9 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             seed: makes random choices repeatable on a backend.
             return_log_probs: return `Generation` objects, which hold the ids and
                 log-probabilities of the new tokens too.
+            prompt_cache: a `PromptCache`, which spares reading what a prompt has in
+                common with the last one that was given it. Several prompts are then
+                answered one after the other.
 
         Returns:
             The text of prompt and answer for a string, the reply for a chat, a list
@@ -294,16 +298,24 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             stop_token_ids=stop_token_ids,
             seed=seed,
         )
+        if prompt_cache is not None and isinstance(
+            settings.sampler, samplers.BeamSampler
+        ):
+            raise ValueError("Beam search takes no prompt_cache; use another sampler.")
         if isinstance(inputs, dict) and "token_ids" in inputs:
-            return self._generate_from_ids(inputs, settings, strip_prompt)
+            return self._generate_from_ids(inputs, settings, strip_prompt, prompt_cache)
         if data.is_dataset(inputs):
             results = []
             for batch in inputs:
                 x = batch[0] if isinstance(batch, tuple) else batch
-                results += self._generate_texts(x, settings, strip_prompt)[0]
+                results += self._generate_texts(
+                    x, settings, strip_prompt, prompt_cache
+                )[0]
             single = False
         else:
-            results, single = self._generate_texts(inputs, settings, strip_prompt)
+            results, single = self._generate_texts(
+                inputs, settings, strip_prompt, prompt_cache
+            )
         if not return_log_probs:
             results = [result.text for result in results]
         return results[0] if single else results
@@ -328,12 +340,13 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             )
         return text_generation.TextGenerator(self._engine, self.preprocessor)
 
-    def _generate_texts(self, inputs, settings, strip_prompt):
+    def _generate_texts(self, inputs, settings, strip_prompt, prompt_cache):
         generator = self._generator()
         prompts, single = data.read_prompts(inputs)
-        return generator.generate(prompts, settings, strip_prompt), single
+        answers = generator.generate(prompts, settings, strip_prompt, prompt_cache)
+        return answers, single
 
-    def _generate_from_ids(self, inputs, settings, strip_prompt):
+    def _generate_from_ids(self, inputs, settings, strip_prompt, prompt_cache):
         ids, mask = data.read_token_arrays(inputs)
         prompts = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
         if any(not prompt for prompt in prompts):
@@ -344,25 +357,29 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
                 f"The longest prompt has {max(map(len, prompts))} tokens and at most "
                 f"{longest} leave room for an answer: raise max_length."
             )
-        answers = text_generation.generate_ids(self._engine, prompts, settings)
+        answers = text_generation.generate_ids(
+            self._engine, prompts, settings, prompt_cache=prompt_cache
+        )
         kept = [
             new if strip_prompt else [*prompt, *new]
             for prompt, (new, _) in zip(prompts, answers, strict=True)
         ]
         return data.pad_rows(kept, settings.max_length)
 
-    def stream(self, prompt, **options):
+    def stream(self, prompt, *, prompt_cache=None, **options):
         """Yield the answer to one prompt, a string or a chat, as it is made.
 
         Args:
             prompt: a string, or a list of messages.
+            prompt_cache: as in `generate`.
             **options: `max_length`, `max_new_tokens`, `stop`, `stop_token_ids`,
                 `sampler` and `seed`, as in `generate`.
 
         Returns:
             An iterator of pieces of text; together they are the answer.
         """
-        return self._generator().stream(prompt, self._settings(**options))
+        settings = self._settings(**options)
+        return self._generator().stream(prompt, settings, prompt_cache)
 
     def start_chat(self, system=None, **options):
         """Begin a conversation.

@@ -71,6 +71,82 @@ def bucket(length, smallest=32):
     return size
 
 
+class PromptCache:
+    """What was read for one prompt, from which another that begins alike goes on.
+
+    Given to `GemmaCausalLM.generate` or `stream` again and again, it spares reading
+    what prompts have in common: instructions, examples, a document. Keys and values of
+    all tokens stay in memory with it. It starts over for a prompt that begins
+    otherwise, another model or other adapters, and with a repetition penalty, which
+    counts all of a prompt. Training changes weights without its notice: use a new one
+    then.
+
+    Args:
+        rings: keep no more of sliding-window layers than their window. That takes less
+            memory in long chats, but then a prompt has to go on from the last one's
+            end, or is read from its beginning.
+
+    Attributes:
+        token_ids: what is held: the last prompt, and the answer as far as it was read.
+        reused: how many tokens the last call took from it.
+    """
+
+    def __init__(self, rings=False):
+        self.rings = rings
+        self.clear()
+
+    def clear(self):
+        """Forget everything."""
+        self.token_ids, self.reused = [], 0
+        self._state = self._of = None
+
+    def start(self, engine, prompt, plan):
+        """What `Engine.start` gives for a prompt, a list of token ids."""
+        state, known, of = self._state, self.token_ids, self._of
+        # The state is used up by the call, whether it succeeds or not.
+        self.clear()
+        # At least one token has to be read, for what follows it.
+        shared = _shared(known, prompt[:-1])
+        same = of == (id(engine), engine.weights()) and not plan.features.penalty
+        if shared and same:
+            state = _cut(state, len(known) - shared)
+            if state is not None:
+                self.reused = shared
+                return engine.resume(state, prompt[shared:], plan, self.rings)
+        return engine.start([prompt], plan, self.rings)
+
+    def keep(self, engine, prompt, state):
+        """Hold what was read for `prompt`: `state`, which nobody else may use."""
+        try:
+            read = int(ops.convert_to_numpy(state.position)[0]) + 1
+        except RuntimeError:
+            # JAX has given it to a step that was interrupted.
+            return self.clear()
+        # The newest token was chosen but not read.
+        answer = read - len(prompt)
+        tokens = ops.convert_to_numpy(state.tokens)[0, :answer]
+        self.token_ids = [*prompt, *tokens.tolist()]
+        self._state, self._of = state, (id(engine), engine.weights())
+
+
+def _shared(one, other):
+    """How many elements two lists begin with alike."""
+    for i, pair in enumerate(zip(one, other, strict=False)):
+        if pair[0] != pair[1]:
+            return i
+    return min(len(one), len(other))
+
+
+def _cut(state, dropped):
+    """The state of one row without its newest tokens, or None if that cannot be."""
+    if not dropped:
+        return state
+    cache = kv_cache.cut_cache(state.cache, dropped)
+    if cache is None:
+        return None
+    return state._replace(cache=cache, position=state.position - dropped)
+
+
 class Engine:
     """The programs of one backbone, compiled when first needed."""
 
@@ -79,8 +155,11 @@ class Engine:
         self._programs = {}
         self._variables = None
 
-    def start(self, prompts, plan):
-        """Read `prompts`, lists of token ids, and choose each row's first token."""
+    def start(self, prompts, plan, rings=True):
+        """Read `prompts`, lists of token ids, and choose each row's first token.
+
+        `rings` is as in `make_cache`.
+        """
         longest = max(len(prompt) for prompt in prompts)
         length = longest if backend.NAME == "torch" else bucket(longest)
         tokens = np.zeros((len(prompts), length), "int32")
@@ -89,10 +168,10 @@ class Engine:
             tokens[row, length - len(prompt) :] = prompt
             mask[row, length - len(prompt) :] = True
         capacity = bucket(length + int(max(plan.limits)), 128)
-        program = self._program("prefill", plan.features, capacity)
+        program = self._program("prefill", plan.features, (capacity, rings))
         return program(tokens, mask, *plan[1:])
 
-    def resume(self, state, prompt, plan):
+    def resume(self, state, prompt, plan, rings=True):
         """Read more of a conversation of one row into the cache that `state` holds."""
         used = int(state.cache.length)
         length = len(prompt) if backend.NAME == "torch" else bucket(len(prompt))
@@ -101,7 +180,9 @@ class Engine:
         mask[0, : len(prompt)] = True
         capacity = bucket(used + length + int(max(plan.limits)), 128)
         if capacity > state.tokens.shape[1]:
-            cache = kv_cache.grow_cache(state.cache, self.backbone.config, capacity)
+            cache = kv_cache.grow_cache(
+                state.cache, self.backbone.config, capacity, rings
+            )
             blank = _blank(1, capacity)
             state = state._replace(cache=cache, tokens=blank[0], log_probs=blank[1])
         return self._program("extend", plan.features)(state, tokens, mask, *plan[1:])
@@ -138,6 +219,10 @@ class Engine:
         state = state._replace(tokens=tokens, log_probs=log_probs, emitted=emitted)
         return state, np.take_along_axis(scores, ranks, axis=1)
 
+    def weights(self):
+        """What tells one set of weights, adapters included, from another."""
+        return self.backbone.adapters.state, backend.identities(self.backbone.variables)
+
     def _program(self, kind, features, size=None):
         variables = self.backbone.variables
         now = backend.identities(variables)
@@ -148,7 +233,7 @@ class Engine:
         key = (kind, features, size, self.backbone.adapters.state)
         if key not in self._programs:
             functions = {
-                "prefill": lambda *a: self._prefill(features, size, *a),
+                "prefill": lambda *a: self._prefill(features, *size, *a),
                 "extend": lambda *a: self._extend(features, *a),
                 "decode": lambda *a: self._decode(features, *a),
                 "beams": lambda *a: self._beams(size, *a),
@@ -159,11 +244,13 @@ class Engine:
 
     # What follows is traced into programs.
 
-    def _prefill(self, features, capacity, tokens, mask, controls, stop_ids, limits):
+    def _prefill(
+        self, features, capacity, rings, tokens, mask, controls, stop_ids, limits
+    ):
         batch = tokens.shape[0]
         backbone = self.backbone
         cache = kv_cache.make_cache(
-            backbone.config, batch, capacity, backbone.compute_dtype
+            backbone.config, batch, capacity, backbone.compute_dtype, rings
         )
         inputs = {"token_ids": tokens, "padding_mask": mask}
         hidden, cache = backbone(inputs, cache=cache)

@@ -85,7 +85,7 @@ def read_settings(
     return Settings(sampler, max_length, max_new_tokens, stop, stop_token_ids, seed)
 
 
-def generate_ids(engine, prompts, settings, text_of=None):
+def generate_ids(engine, prompts, settings, text_of=None, prompt_cache=None):
     """New token ids and their log-probabilities for each of `prompts`.
 
     Args:
@@ -93,10 +93,15 @@ def generate_ids(engine, prompts, settings, text_of=None):
         prompts: lists of token ids.
         settings: `Settings`.
         text_of: function from ids to text; needed for stop strings.
+        prompt_cache: a `PromptCache`; prompts are then answered one after the other.
 
     Returns:
         One `(ids, log_probs)` for each prompt, lists of the same length.
     """
+    if prompt_cache is not None and len(prompts) > 1:
+        each = ([prompt] for prompt in prompts)
+        found = (generate_ids(engine, p, settings, text_of, prompt_cache) for p in each)
+        return [answer for (answer,) in found]
     limits = [settings.limit(len(prompt)) for prompt in prompts]
     plan = generation.make_plan(
         settings.sampler, limits, settings.stop_token_ids, settings.seed
@@ -104,11 +109,23 @@ def generate_ids(engine, prompts, settings, text_of=None):
     if isinstance(settings.sampler, samplers.BeamSampler):
         state, _ = engine.beam_search(prompts, plan, settings.sampler)
         return _rows(state)[:: settings.sampler.num_beams]
-    state = engine.start(prompts, plan)
-    most = max(limits)
+    if prompt_cache is None:
+        state = engine.start(prompts, plan)
+    else:
+        state = prompt_cache.start(engine, prompts[0], plan)
+    state, answers = _answers(engine, state, plan, settings, text_of)
+    if prompt_cache is not None:
+        prompt_cache.keep(engine, prompts[0], state)
+    return answers
+
+
+def _answers(engine, state, plan, settings, text_of):
+    """The state after decoding, and what `generate_ids` returns."""
+    most = int(max(plan.limits))
     if not settings.stop:
-        return _rows(engine.advance(state, plan, most))
-    cuts = [None] * len(prompts)
+        state = engine.advance(state, plan, most)
+        return state, _rows(state)
+    cuts = [None] * len(plan.limits)
     for limit in range(1, most + TOKENS_BETWEEN_CHECKS, TOKENS_BETWEEN_CHECKS):
         state = engine.advance(state, plan, min(limit, most))
         rows = _rows(state)
@@ -120,7 +137,7 @@ def generate_ids(engine, prompts, settings, text_of=None):
         if np.all(done | stopped):
             break
         state = state._replace(done=keras.ops.convert_to_tensor(done | stopped))
-    return [
+    return state, [
         (ids[:cut], log_probs[:cut])
         for (ids, log_probs), cut in zip(rows, cuts, strict=True)
     ]
@@ -171,13 +188,15 @@ class TextGenerator:
         """Ids of a prompt, refused or cut if no token could follow it."""
         return self.preprocessor.encode_prompt(prompt, settings.longest_prompt)
 
-    def generate(self, prompts, settings, strip_prompt):
+    def generate(self, prompts, settings, strip_prompt, prompt_cache=None):
         """A `Generation` for each prompt, a string or a chat.
 
         A chat gets the reply alone, since its prompt was not text.
         """
         encoded = [self.encode(prompt, settings) for prompt in prompts]
-        answers = generate_ids(self.engine, encoded, settings, self.tokenizer.decode)
+        answers = generate_ids(
+            self.engine, encoded, settings, self.tokenizer.decode, prompt_cache
+        )
         results = []
         for prompt, ids, (new, log_probs) in zip(
             prompts, encoded, answers, strict=True
@@ -197,7 +216,7 @@ class TextGenerator:
         # Together, since a character may span the border.
         return self.tokenizer.decode([*prompt_ids, *new_ids])
 
-    def stream(self, prompt, settings):
+    def stream(self, prompt, settings, prompt_cache=None):
         """Yield the answer to one prompt in pieces, as they are made."""
         if isinstance(settings.sampler, samplers.BeamSampler):
             raise ValueError(
@@ -212,12 +231,17 @@ class TextGenerator:
             settings.seed,
         )
         # Not a generator itself, so that bad input is refused at once.
-        return self.pieces(self.engine.start([ids], plan), plan, settings)
+        if prompt_cache is None:
+            return self.pieces(self.engine.start([ids], plan), plan, settings)
+        state = prompt_cache.start(self.engine, ids, plan)
+        return self.pieces(
+            state, plan, settings, lambda s: prompt_cache.keep(self.engine, ids, s)
+        )
 
     def pieces(self, state, plan, settings, on_finish=None):
         """Text of the tokens of `state`, and of those still to be decoded.
 
-        `on_finish(state, ids)` is called at the end, also of an abandoned stream.
+        `on_finish(state)` is called at the end, also of an abandoned stream.
         """
         decoder = self.tokenizer.decode_stream()
         held = HeldText(settings.stop)
@@ -242,7 +266,7 @@ class TextGenerator:
                 yield text
         finally:
             if on_finish is not None:
-                on_finish(state, ids)
+                on_finish(state)
 
 
 class HeldText:
@@ -293,7 +317,7 @@ class ChatSession:
     def __init__(self, generator, settings_of, system=None):
         self._generator = generator
         self._settings_of = settings_of
-        self._state, self._cached = None, []
+        self._cache = generation.PromptCache(rings=True)
         self._system = system
         self.reset()
 
@@ -302,7 +326,7 @@ class ChatSession:
         self.history = []
         if self._system:
             self.history.append({"role": "system", "content": self._system})
-        self._state, self._cached = None, []
+        self._cache.clear()
 
     def send(self, message, **options):
         """The reply to a user's message; options as in `GemmaCausalLM.generate`."""
@@ -327,24 +351,14 @@ class ChatSession:
             settings.stop_token_ids,
             settings.seed,
         )
-        state = self._read(ids, plan)
+        state = self._cache.start(self._generator.engine, ids, plan)
         return self._pieces(state, plan, settings, ids, messages)
-
-    def _read(self, ids, plan):
-        known, state = self._cached, self._state
-        # The state is used up by the call, whether it succeeds or not.
-        self._state, self._cached = None, []
-        engine = self._generator.engine
-        if state is not None and len(known) < len(ids) and ids[: len(known)] == known:
-            return engine.resume(state, ids[len(known) :], plan)
-        return engine.start([ids], plan)
 
     def _pieces(self, state, plan, settings, ids, messages):
         reply = []
 
-        def remember(state, new):
-            # The newest token was chosen but not yet read into the cache.
-            self._state, self._cached = state, [*ids, *new[:-1]]
+        def remember(state):
+            self._cache.keep(self._generator.engine, ids, state)
             message = {"role": "assistant", "content": "".join(reply)}
             self.history = [*messages, message]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+import gemma_keras
 from gemma_keras import backend, samplers
 
 PROMPT = "The cat"
@@ -302,10 +303,10 @@ def test_a_chat_goes_on_from_its_cache(lm, monkeypatch):
     )
     chat = lm.start_chat(max_new_tokens=1)
     chat.send("the moon")
-    read = len(chat._cached)
+    read = len(chat._cache.token_ids)
     reply = chat.send("and the sea and the stars until the sun came up")
     assert len(resumed) == 1
-    assert len(resumed[0]) == len(chat._cached) - read
+    assert len(resumed[0]) == len(chat._cache.token_ids) - read
     # Without a cache: the same messages as one prompt.
     assert reply == lm.generate(chat.history[:3], max_new_tokens=1)
 
@@ -317,6 +318,83 @@ def test_a_chat_says_what_a_fresh_one_would(lm):
     assert [message["role"] for message in chat.history] == ["user", "assistant"] * 2
     assert chat.history[1]["content"] == first
     assert lm.generate(chat.history[:3], max_new_tokens=6) == second
+
+
+def test_prompts_that_begin_alike_are_read_from_where_they_differ(lm):
+    cache = gemma_keras.PromptCache()
+    start = "The cat sat on the mat and the dog came by and"
+    prompts = [start + " slept", start + " sang to the moon", start, "Two birds", start]
+    shared = lm.preprocessor.encode_prompt(start)
+    reused = []
+    for prompt in prompts:
+        found = lm.generate(prompt, max_new_tokens=7, prompt_cache=cache, **FREE)
+        assert found == lm.generate(prompt, max_new_tokens=7, **FREE)
+        reused.append(cache.reused)
+        assert len(cache.token_ids) == len(lm.preprocessor.encode_prompt(prompt)) + 6
+    # One token at least is read; <bos> is common to all.
+    assert reused[:1] + reused[2:] == [0, len(shared) - 1, 1, 1]
+    assert len(shared) <= reused[1] < len(lm.preprocessor.encode_prompt(prompts[1]))
+
+
+def test_an_answer_is_part_of_what_is_kept(lm):
+    cache = gemma_keras.PromptCache()
+    ids = lm.preprocessor.encode_prompt("The cat")
+    width = len(ids)
+    given = {"token_ids": np.array([ids]), "padding_mask": np.ones((1, width), bool)}
+    for more in (6, 9):
+        out = lm.generate(given, max_new_tokens=more, prompt_cache=cache, **FREE)
+        expected = lm.generate(given, max_new_tokens=more, **FREE)
+        np.testing.assert_array_equal(out["token_ids"], expected["token_ids"])
+        given = {k: v[:, : width + more] for k, v in out.items()}
+        width += more
+    assert cache.reused == len(ids) + 5
+
+
+def test_several_prompts_and_streams_share_a_cache(lm):
+    cache = gemma_keras.PromptCache()
+    prompts = ["The cat sat on the mat", "The cat sat on a dog"]
+    found = lm.generate(prompts, max_new_tokens=5, prompt_cache=cache, **FREE)
+    assert found == [lm.generate(p, max_new_tokens=5, **FREE) for p in prompts]
+    assert cache.reused > 1
+    pieces = lm.stream(prompts[0], max_new_tokens=5, prompt_cache=cache, **FREE)
+    assert prompts[0] + "".join(pieces) == found[0]
+    assert cache.reused > 1
+    stopped = lm.generate(
+        prompts[1], max_new_tokens=30, stop=["e"], prompt_cache=cache, **FREE
+    )
+    assert stopped == lm.generate(prompts[1], max_new_tokens=30, stop=["e"], **FREE)
+    again = lm.generate(prompts[1], max_new_tokens=5, prompt_cache=cache, **FREE)
+    assert again == found[1] and cache.reused > 1
+
+
+def test_a_cache_is_not_used_where_it_would_be_wrong(lm, new_lm):
+    prompt = "The cat sat on the mat"
+    cache, options = gemma_keras.PromptCache(), {"max_new_tokens": 5, **FREE}
+    lm.generate(prompt, prompt_cache=cache, **options)
+    other = new_lm()
+    assert other.generate(prompt, prompt_cache=cache, **options) == other.generate(
+        prompt, **options
+    )
+    assert cache.reused == 0
+    other.enable_lora(2)
+    other.generate(prompt, prompt_cache=cache, **options)
+    assert cache.reused == 0
+    penalty = samplers.GreedySampler(repetition_penalty=1.5)
+    found = other.generate(prompt, prompt_cache=cache, sampler=penalty, **options)
+    assert cache.reused == 0
+    assert found == other.generate(prompt, sampler=penalty, **options)
+    with pytest.raises(ValueError, match="Beam search takes no prompt_cache"):
+        lm.generate(prompt, prompt_cache=cache, sampler="beam", **options)
+
+
+def test_a_ring_that_has_let_go_is_read_anew(lm):
+    cache = gemma_keras.PromptCache(rings=True)
+    start = "The cat sat on the mat and the dog came by"
+    assert lm.config.sliding_window < len(lm.preprocessor.encode_prompt(start))
+    for prompt in (start + " slept", start + " sang"):
+        found = lm.generate(prompt, max_new_tokens=5, prompt_cache=cache, **FREE)
+        assert found == lm.generate(prompt, max_new_tokens=5, **FREE)
+        assert cache.reused == 0
 
 
 def test_a_chat_whose_history_is_edited_reads_it_anew(lm):
