@@ -69,7 +69,7 @@ def test_packed_examples_have_the_losses_that_they_have_alone(lm, encoded, alone
                 found[tuple(y[row][here].tolist())] = losses[row][here]
     assert found.keys() == alone.keys()
     for learned, losses in alone.items():
-        np.testing.assert_allclose(found[learned], losses, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found[learned], losses, rtol=0, atol=1e-5)
 
 
 def test_bucketed_examples_have_the_losses_that_they_have_alone(lm, encoded, alone):
@@ -82,7 +82,7 @@ def test_bucketed_examples_have_the_losses_that_they_have_alone(lm, encoded, alo
                 found[tuple(y[row][learned].tolist())] = losses[row][learned]
     assert found.keys() == alone.keys()
     for learned, losses in alone.items():
-        np.testing.assert_allclose(found[learned], losses, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found[learned], losses, rtol=0, atol=1e-5)
 
 
 def test_a_row_sees_nothing_of_the_examples_beside_it(lm, encoded):

@@ -113,7 +113,7 @@ def test_what_does_not_fit_shrinks_by_what_learns_the_same_first():
     assert rows == RunConfig.batch_size
     assert "quantize" not in changes
     assert "sequence_length" not in changes
-    _, _, proposals = plan(6e9)
+    _, _, proposals = plan(5.8e9)
     assert proposals[0][0]["quantize"] == "int8"
     assert plan(0.5e9)[2] == []
     # Rows so short that a quarter of one would be none.
