@@ -98,7 +98,10 @@ class _Core:
         return ops.matmul(weights, value), kept
 
     def gradient(self, upstream, query, key, value, mask, top, total):
-        query = backend.not_before(query, upstream)
+        # The last two as well: XLA would keep them as wide as the scores.
+        query, top, total = (
+            backend.not_before(x, upstream) for x in (query, top, total)
+        )
         products = self._products(query, key)
         if self.cap is not None:
             bent = ops.tanh(products / self.cap)

@@ -20,9 +20,7 @@ def geglu(gate, up):
     """
     if not backend.may_be_differentiated():
         return ops.gelu(gate, approximate=True) * up
-    if backend.HAS_GELU_GRADIENT:
-        return backend.with_gradient(_value_and_inputs, _from_inputs, gate, up)
-    return backend.with_gradient(_value_and_slopes, _from_slopes, gate, up)
+    return backend.with_gradient(_value_and_inputs, _from_inputs, gate, up)
 
 
 def _value_and_inputs(gate, up):
@@ -30,19 +28,12 @@ def _value_and_inputs(gate, up):
 
 
 def _from_inputs(upstream, gate, up):
+    gate, up = (backend.not_before(x, upstream) for x in (gate, up))
     active = ops.gelu(gate, approximate=True)
-    return backend.gelu_gradient(upstream * up, gate), upstream * active
-
-
-def _value_and_slopes(gate, up):
-    # XLA keeps what it finds computed twice, and would keep GELU(gate) as well.
-    active = ops.gelu(gate, approximate=True)
+    if backend.HAS_GELU_GRADIENT:
+        return backend.gelu_gradient(upstream * up, gate), upstream * active
     slope = ops.cast(_gelu_slope(ops.cast(gate, "float32")), gate.dtype)
-    return active * up, (slope * up, active)
-
-
-def _from_slopes(upstream, *slopes):
-    return [upstream * slope for slope in slopes]
+    return upstream * slope * up, upstream * active
 
 
 def _gelu_slope(x):

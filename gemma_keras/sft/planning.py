@@ -32,7 +32,6 @@ class Program:
     Attributes:
         base: bytes of the process with Keras and the tokenizer, before a model.
         compiled: bytes that compiling takes and leaves.
-        widths: numbers as wide as the residual that are kept beyond what norms see.
         copies: whether loading holds a matrix twice, in the file's pages and its own.
         snapshots: whether a checkpoint is copied before it is written.
         heads: how often the loss holds the gradient of a head that is trained.
@@ -41,20 +40,17 @@ class Program:
 
     base: float
     compiled: float
-    widths: float
     copies: bool
     snapshots: bool
     heads: int
     despite_remat: float = 0.0
 
 
-# `scores`, `capped` and `compiled` of XLA are measured: it keeps copies of the scores
-# between the passes that no count of its operations foretells.
+# `compiled`, and what TensorFlow keeps `despite_remat`, are measured.
 PROGRAMS = {
     "jax": Program(
         base=0.40e9,
         compiled=0.2e9,
-        widths=2,
         copies=True,
         snapshots=False,
         heads=2,
@@ -62,7 +58,6 @@ PROGRAMS = {
     "torch": Program(
         base=0.65e9,
         compiled=0,
-        widths=0,
         copies=False,
         snapshots=True,
         heads=1,
@@ -70,7 +65,6 @@ PROGRAMS = {
     "tensorflow": Program(
         base=0.80e9,
         compiled=0.65e9,
-        widths=2,
         copies=True,
         snapshots=True,
         heads=2,
@@ -289,8 +283,8 @@ class _Step:
         model, c = self.model, self.compute
         queries = model.num_query_heads * model.head_dim
         keys = model.num_kv_heads * model.head_dim
-        width, ffn, program = model.hidden_dim, model.ffn_dim, self.program
-        kept = c * (queries + 2 * keys + 2 * ffn + program.widths * width)
+        width, ffn = model.hidden_dim, model.ffn_dim
+        kept = c * (queries + 3 * keys + 2 * ffn)  # XLA keeps keys in two orders
         kept += 2 * 4 * model.num_query_heads  # the largest score and their sum
         kept += 2 * 4 * width  # what norms saw
         if model.use_post_norms:
