@@ -1,8 +1,8 @@
 """Softmax attention, whose backward pass computes the scores once more.
 
-Left to themselves, the backends keep between one and five numbers in float32 for every
-pair of a query and a key: what grows with the square of the length. Here only queries,
-keys, values and two numbers a query are kept.
+Left to themselves, the backends keep numbers in float32 for every pair of a query and a
+key: what grows with the square of the length. Here only queries, keys, values and two
+numbers a query are kept.
 """
 
 import functools
@@ -83,13 +83,11 @@ class _Core:
         self.groups, self.cap = groups, cap
 
     def value(self, query, key, value, mask):
-        scores = soft_cap(self._products(query, key), self.cap)
-        weights = ops.softmax(self._masked(scores, mask), axis=-1)
+        weights = ops.softmax(self._scores(query, key, mask), axis=-1)
         return ops.matmul(ops.cast(weights, value.dtype), value)
 
     def value_and_kept(self, query, key, value, mask):
-        scores = soft_cap(self._products(query, key), self.cap)
-        scores = self._masked(scores, mask)
+        scores = self._scores(query, key, mask)
         top = ops.max(scores, axis=-1, keepdims=True)
         weights = ops.exp(scores - top)
         total = ops.sum(weights, axis=-1, keepdims=True)
@@ -120,6 +118,9 @@ class _Core:
             ops.matmul(ops.swapaxes(weights, 2, 3), upstream),
             None,
         )
+
+    def _scores(self, query, key, mask):
+        return self._masked(soft_cap(self._products(query, key), self.cap), mask)
 
     def _products(self, query, key):
         return ops.cast(ops.matmul(query, ops.swapaxes(key, 2, 3)), "float32")

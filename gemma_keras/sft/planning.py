@@ -46,7 +46,8 @@ class Program:
     despite_remat: float = 0.0
 
 
-# `compiled`, and what TensorFlow keeps `despite_remat`, are measured.
+# `compiled`, and what TensorFlow keeps `despite_remat`, are measured; the latter before
+# XLA compiled its large models, so that it is too much rather than too little.
 PROGRAMS = {
     "jax": Program(
         base=0.40e9,
