@@ -84,7 +84,7 @@ class _Core:
 
     def value(self, query, key, value, mask):
         weights = ops.softmax(self._scores(query, key, mask), axis=-1)
-        return ops.matmul(ops.cast(weights, value.dtype), value)
+        return backend.batch_matmul(ops.cast(weights, value.dtype), value)
 
     def value_and_kept(self, query, key, value, mask):
         scores = self._scores(query, key, mask)
@@ -93,7 +93,7 @@ class _Core:
         total = ops.sum(weights, axis=-1, keepdims=True)
         weights = ops.cast(weights / total, value.dtype)
         kept = query, key, value, mask, top, total
-        return ops.matmul(weights, value), kept
+        return backend.batch_matmul(weights, value), kept
 
     def gradient(self, upstream, query, key, value, mask, top, total):
         # The last two as well: XLA would keep them as wide as the scores.
@@ -105,7 +105,7 @@ class _Core:
             bent = ops.tanh(products / self.cap)
             products = self.cap * bent
         weights = ops.exp(self._masked(products, mask) - top) / total
-        slopes = ops.matmul(upstream, ops.swapaxes(value, 2, 3))
+        slopes = backend.batch_matmul(upstream, ops.swapaxes(value, 2, 3))
         slopes = weights * ops.cast(slopes, "float32")
         slopes = slopes - weights * ops.sum(slopes, axis=-1, keepdims=True)
         if self.cap is not None:
@@ -113,9 +113,9 @@ class _Core:
         slopes = ops.cast(self._masked(slopes, mask, 0.0), query.dtype)
         weights = ops.cast(weights, value.dtype)
         return (
-            ops.matmul(slopes, key),
-            ops.matmul(ops.swapaxes(slopes, 2, 3), query),
-            ops.matmul(ops.swapaxes(weights, 2, 3), upstream),
+            backend.batch_matmul(slopes, key),
+            backend.batch_matmul(ops.swapaxes(slopes, 2, 3), query),
+            backend.batch_matmul(ops.swapaxes(weights, 2, 3), upstream),
             None,
         )
 
@@ -123,7 +123,7 @@ class _Core:
         return self._masked(soft_cap(self._products(query, key), self.cap), mask)
 
     def _products(self, query, key):
-        return ops.cast(ops.matmul(query, ops.swapaxes(key, 2, 3)), "float32")
+        return ops.cast(backend.batch_matmul(query, ops.swapaxes(key, 2, 3)), "float32")
 
     def _masked(self, scores, mask, hidden=MASKED):
         heads, rows, keys = scores.shape[1:]

@@ -107,6 +107,8 @@ def matmul(x, kernel, transposed=False):
     kernel = ops.cast(kernel, x.dtype)
     if _xla_would_copy(x):
         return _matmul_bfloat16(x, kernel, transposed)
+    if _torch_is_slow_in(x):
+        return _matmul_widened(x, kernel.T if transposed else kernel)
     if _torch_would_use_one_core(x):
         return _matmul_few_rows(x, kernel, transposed)
     return ops.matmul(x, ops.transpose(kernel) if transposed else kernel)
@@ -148,6 +150,93 @@ def _matmul_bfloat16(x, kernel, transposed):
         )
     product = product[:1] if alone else product
     return ops.reshape(product, (*shape[:-1], product.shape[-1]))
+
+
+def batch_matmul(x, y):
+    """`x` [..., T, D] times `y` [..., D, S], in the dtype of `x`; for use in gradients.
+
+    Nothing is kept for a backward pass that is asked of it on torch.
+    """
+    if _torch_is_slow_in(x):
+        return torch.matmul(x.float(), y.float()).to(x.dtype)
+    return ops.matmul(x, y)
+
+
+def _torch_is_slow_in(x):
+    """Whether torch has no fast kernel: narrow floats, and a CPU that lacks them."""
+    return (
+        NAME == "torch"
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.device.type == "cpu"
+        and not _multiplies_on_cpu(x.dtype)
+    )
+
+
+@functools.cache
+def _multiplies_on_cpu(dtype):
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    # Not part of what torch promises.
+    there = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return there is None or there()
+
+
+# Bytes of a kernel in float32 that are made at a time: they should stay in the cache
+# where they serve few rows only.
+_WIDENED_FEW, _WIDENED_MANY = 2**20, 2**26
+
+
+def _matmul_widened(x, kernel):
+    """The product in float32, rounded once, of a kernel that is widened by parts."""
+    rows = x.reshape(-1, x.shape[-1])
+    # One row along the kernel's memory is the exception that torch is fast at.
+    if len(rows) <= 2 and kernel.stride(0) == 1:
+        return torch.matmul(x, kernel)
+    if torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad):
+        product = _Widened.apply(rows, kernel)
+    else:
+        product = _widened_product(rows, kernel)
+    return product.reshape(*x.shape[:-1], -1)
+
+
+def _widened_parts(rows, kernel):
+    """Slices of the kernel's columns."""
+    most = _WIDENED_FEW if len(rows) <= 16 else _WIDENED_MANY
+    step = max(1, most // (4 * kernel.shape[0]))
+    return [slice(i, i + step) for i in range(0, kernel.shape[1], step)]
+
+
+def _widened_product(rows, kernel):
+    wide = rows.float()
+    parts = _widened_parts(rows, kernel)
+    made = [(wide @ kernel[:, part].float()).to(rows.dtype) for part in parts]
+    return made[0] if len(made) == 1 else torch.cat(made, dim=1)
+
+
+if NAME == "torch":
+
+    class _Widened(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, rows, kernel):
+            ctx.save_for_backward(rows if kernel.requires_grad else None, kernel)
+            return _widened_product(rows, kernel)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            rows, kernel = ctx.saved_tensors
+            slope = slope_of_kernel = None
+            if ctx.needs_input_grad[0]:
+                slope = sum(
+                    upstream[:, part].float() @ kernel[:, part].float().T
+                    for part in _widened_parts(upstream, kernel)
+                ).to(upstream.dtype)
+            if ctx.needs_input_grad[1]:
+                # Made as the kernel lies in memory, as its optimizer's state does.
+                if kernel.stride(0) == 1:
+                    slope_of_kernel = (upstream.float().T @ rows.float()).T
+                else:
+                    slope_of_kernel = rows.float().T @ upstream.float()
+                slope_of_kernel = slope_of_kernel.to(kernel.dtype)
+            return slope, slope_of_kernel
 
 
 def _torch_would_use_one_core(x):

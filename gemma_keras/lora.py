@@ -52,11 +52,13 @@ class Factors:
             )
             kept = ops.cast(kept, inputs.dtype)
             inputs = inputs * kept / ops.cast(1.0 - self.dropout, inputs.dtype)
-        return self.finish(ops.matmul(inputs, ops.cast(self.a, inputs.dtype)))
+        projected = backend.matmul(inputs, self.a)
+        return self.finish(ops.cast(projected, inputs.dtype))
 
     def finish(self, projected):
         """The update, given the inputs times `a`."""
-        return ops.matmul(projected, ops.cast(self.b, projected.dtype)) * self.scale
+        product = ops.cast(backend.matmul(projected, self.b), projected.dtype)
+        return product * self.scale
 
     def delta(self):
         """The whole update s A B [in, out]: only merging needs it."""

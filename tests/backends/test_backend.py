@@ -1,5 +1,6 @@
 """Arrays of a checkpoint as tensors: values, dtype, order, and who owns the memory."""
 
+import pathlib
 import platform
 import subprocess
 import sys
@@ -10,6 +11,10 @@ import numpy as np
 import pytest
 
 from gemma_keras import backend
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from slopes import gradients
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -73,6 +78,50 @@ def test_products_in_programs_are_products(shape, outputs, transposed):
     expected = x.astype("float64") @ kernel.astype("float64")
     assert product.shape == expected.shape
     np.testing.assert_allclose(product, expected, rtol=0, atol=1e-5)
+
+
+NARROW = [("bfloat16", 2.0**-8), ("float16", 2.0**-11)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("rows", "outputs"), [(1, 65), (3, 1000), (40, 64)])
+@pytest.mark.parametrize(("dtype", "half_ulp"), NARROW)
+@pytest.mark.skipif(backend.NAME != "torch", reason="the others multiply by themselves")
+def test_narrow_products_and_slopes_round_once(
+    dtype, half_ulp, rows, outputs, transposed, monkeypatch
+):
+    """Where the processor has no instructions for them, and a kernel has parts."""
+    monkeypatch.setattr(backend, "_multiplies_on_cpu", lambda dtype: False)
+    monkeypatch.setattr(backend, "_WIDENED_FEW", 2**14)
+    monkeypatch.setattr(backend, "_WIDENED_MANY", 2**12)
+    rng = np.random.default_rng(1)
+
+    def drawn(*shape):
+        return rng.normal(size=shape).astype(made(dtype).dtype)
+
+    x, kernel, weights = drawn(2, rows, 24), drawn(24, outputs), drawn(2, rows, outputs)
+    given = np.ascontiguousarray(kernel.T) if transposed else kernel
+    variable = keras.Variable(given, dtype=dtype)
+    inputs = [x.astype("float32"), weights.astype("float32")]
+
+    def total(x, weights):
+        product = backend.matmul(keras.ops.cast(x, dtype), variable, transposed)
+        return keras.ops.sum(keras.ops.cast(product, "float32") * weights)
+
+    with backend.no_gradient():
+        product = backend.matmul(keras.ops.convert_to_tensor(x), variable, transposed)
+    product = keras.ops.convert_to_numpy(keras.ops.cast(product, "float32"))
+    _, (slope_x, _, slope_kernel) = gradients(total, inputs, variable)
+    wide = [array.astype("float64") for array in (x, kernel, weights)]
+    expected = wide[0] @ wide[1]
+    np.testing.assert_allclose(product, expected, rtol=half_ulp, atol=1e-5)
+    expected = wide[2] @ wide[1].T
+    found = keras.ops.convert_to_numpy(slope_x)
+    np.testing.assert_allclose(found, expected, rtol=half_ulp, atol=1e-4)
+    expected = np.einsum("brd,bro->do", wide[0], wide[2])
+    found = keras.ops.convert_to_numpy(keras.ops.cast(slope_kernel, "float32"))
+    found = found.T if transposed else found
+    np.testing.assert_allclose(found, expected, rtol=half_ulp, atol=1e-4)
 
 
 GROWING = """
