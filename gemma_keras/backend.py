@@ -111,7 +111,20 @@ def matmul(x, kernel, transposed=False):
         return _matmul_widened(x, kernel.T if transposed else kernel)
     if _torch_would_use_one_core(x):
         return _matmul_few_rows(x, kernel, transposed)
+    if NAME == "tensorflow":
+        return _tensorflow_matmul(x, kernel, transposed)
     return ops.matmul(x, ops.transpose(kernel) if transposed else kernel)
+
+
+def _tensorflow_matmul(x, kernel, transposed):
+    # Keras' way for more than two axes makes ten times the operations.
+    sizes = x.shape.as_list()[:-1]
+    if sizes.count(None) > 1:
+        sizes = tf.unstack(tf.shape(x))[:-1]
+    sizes = [-1 if size is None else size for size in sizes]
+    rows = tf.reshape(x, (-1, x.shape[-1]))
+    product = tf.matmul(rows, kernel, transpose_b=transposed)
+    return tf.reshape(product, (*sizes, product.shape[-1]))
 
 
 def _xla_would_copy(x):
@@ -792,6 +805,17 @@ def outside_of_strategy(model):
     return [v.path for v in variables if not isinstance(v.value, mirrored)]
 
 
+def build_optimizer(model):
+    """Makes the optimizer's variables before a step is traced.
+
+    Where tracing makes variables, TensorFlow traces everything once more.
+    """
+    optimizer = model.optimizer
+    if NAME == "tensorflow" and optimizer is not None and not optimizer.built:
+        with model.distribute_strategy.scope():
+            optimizer.build(model.trainable_variables)
+
+
 def first_batch(strategy, batches):
     """The first replica's part of the next of Keras' batches on TensorFlow."""
     first = functools.partial(_first_of_replicas, strategy)
@@ -864,7 +888,10 @@ class Program:
             donate = () if donated is None else (donated + 1,)
             self._compiled = jax.jit(self._with_values, donate_argnums=donate)
         elif NAME == "tensorflow":
-            self._compiled = tf.function(self._traced, jit_compile=True)
+            # Loops are written as such: AutoGraph would read all code for nothing.
+            self._compiled = tf.function(
+                self._traced, jit_compile=True, autograph=False
+            )
             self._concrete = {}
 
     def _with_values(self, values, *arguments):

@@ -336,6 +336,7 @@ class TokenTrainer(keras.Model):
         _check_shares(x)
         backend.make_alike(self.trainable_variables)
         backend.give_back_memory()
+        backend.build_optimizer(self)
         return super().fit(
             x, y, sample_weight=sample_weight, validation_data=validation_data, **kwargs
         )

@@ -29,7 +29,7 @@ def gradients(function, arrays, variable):
         return value.detach(), [x.grad for x in (*tensors, variable.value)]
     import tensorflow as tf
 
-    @tf.function(jit_compile=True)
+    @tf.function(jit_compile=True, autograph=False)
     def run(*tensors):
         with tf.GradientTape() as tape:
             tape.watch([*tensors, variable.value])
