@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from gemma_keras import backend
+from gemma_keras.cache import Codes
 
 # Finite, so that a query with nothing to see yields numbers, not NaN.
 MASKED = -2.3819763e38
@@ -41,32 +42,35 @@ def attend(query, key, value, mask, config):
 
     Args:
         query: [B, T, N, H], rotated.
-        key: [B, K, S, H], rotated.
-        value: [B, K, S, H].
+        key: [B, K, S, H], rotated; or `Codes` of these.
+        value: [B, K, S, H], or `Codes`.
         mask: bool, broadcastable to [B, T, S].
         config: a `GemmaConfig`, for the head counts, the scale and the soft cap.
 
     Returns:
-        [B, T, N * H], in the dtype of `value`.
+        [B, T, N * H], in the dtype of `value`, or of `query` beside `Codes`.
     """
     length, heads, size = query.shape[1:]
     groups = heads // config.num_kv_heads
-    if keras.backend.standardize_dtype(query.dtype) == "float16":
+    coded, dtype = isinstance(key, Codes), query.dtype
+    if keras.backend.standardize_dtype(dtype) == "float16":
         # A product of unnormalised queries and keys can pass 65504.
-        query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
+        query = ops.cast(query, "float32")
+        key = key if coded else ops.cast(key, "float32")
     query = query * config.query_pre_attn_scalar**-0.5
     # Fold the G queries of a key head into rows: one matrix product a key head.
     query = ops.reshape(query, (-1, length, config.num_kv_heads, groups, size))
     query = ops.transpose(query, (0, 2, 3, 1, 4))
     query = ops.reshape(query, (-1, config.num_kv_heads, groups * length, size))
-    core = _Core(groups, config.attn_logit_soft_cap)
-    if backend.may_be_differentiated():
+    core = (_CodesCore if coded else _Core)(groups, config.attn_logit_soft_cap)
+    if not coded and backend.may_be_differentiated():
         run = functools.partial(
             backend.with_gradient, core.value_and_kept, core.gradient
         )
     else:
         run = core.value
     mixed = run(query, key, value, mask[:, None])
+    mixed = ops.cast(mixed, dtype) if coded else mixed
     mixed = ops.reshape(mixed, (-1, config.num_kv_heads, groups, length, size))
     mixed = ops.transpose(mixed, (0, 3, 1, 2, 4))
     return ops.reshape(mixed, (-1, length, heads * size))
@@ -130,3 +134,21 @@ class _Core:
         apart = (-1, heads * self.groups, rows // self.groups, keys)
         scores = ops.where(mask, ops.reshape(scores, apart), hidden)
         return ops.reshape(scores, (-1, heads, rows, keys))
+
+
+class _CodesCore(_Core):
+    """The same value, of keys and values that are `Codes`.
+
+    A scale is common to a key's products, and to a value's numbers: what is multiplied
+    with it is the scores and the weights, and numbers are never restored.
+    """
+
+    def value(self, query, key, value, mask):
+        weights = ops.softmax(self._scores(query, key, mask), axis=-1)
+        weights = weights * ops.swapaxes(value.scales, 2, 3)
+        codes = ops.cast(value.codes, query.dtype)
+        return ops.matmul(ops.cast(weights, query.dtype), codes)
+
+    def _products(self, query, key):
+        products = super()._products(query, ops.cast(key.codes, query.dtype))
+        return products * ops.swapaxes(key.scales, 2, 3)

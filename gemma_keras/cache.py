@@ -6,6 +6,10 @@ Slots fill in order, alike in every row, so a ragged batch is padded on the left
 to each slot stands the position of its token in its row, or EMPTY, and the mask is
 made of positions alone. A sliding-window layer keeps a ring of at most its window: the
 token that falls out of the window gives its slot to the newest.
+
+The buffers of keys and values are tensors, or `Codes` of 8 bits. Then tokens see the
+codes of every key and value, those of their own call included, so that what is computed
+does not depend on how a text is divided into calls.
 """
 
 from typing import Any, NamedTuple
@@ -18,11 +22,26 @@ from gemma_keras import backend
 EMPTY = -1
 
 
+class Codes(NamedTuple):
+    """Vectors of H numbers that are `codes * scales`. A pytree."""
+
+    codes: Any  # int8 [B, K, S, H], from -127 to 127
+    scales: Any  # float32 [B, K, S, 1]
+
+
+def quantize(x):
+    """The `Codes` nearest to floats [B, K, S, H], a scale for each vector of H."""
+    x = ops.cast(x, "float32")
+    scales = ops.max(ops.abs(x), axis=-1, keepdims=True) / 127
+    codes = ops.round(x / ops.where(scales == 0, 1.0, scales))
+    return Codes(ops.cast(codes, "int8"), scales)
+
+
 class Cache(NamedTuple):
     """A pytree. `length` counts the slots used; it is the integer 0 while empty."""
 
-    keys: tuple  # one [B, K, S, H] a layer
-    values: tuple  # one [B, K, S, H] a layer
+    keys: tuple  # one [B, K, S, H] a layer, or `Codes` of these
+    values: tuple  # likewise
     positions: dict  # layer kind -> [B, S] int32
     length: Any
 
@@ -35,18 +54,21 @@ class Cache(NamedTuple):
 def make_cache(config, batch_size, capacity, dtype, rings=True):
     """An empty `Cache` for `capacity` tokens a row, pads included.
 
-    Without `rings`, sliding-window layers keep all tokens too, so that any number of
-    the newest can be taken back.
+    With the dtype `"int8"` keys and values are `Codes`. Without `rings`, sliding-window
+    layers keep all tokens too, so that any number of the newest can be taken back.
     """
-    shape = (batch_size, config.num_kv_heads, -1, config.head_dim)
     slots = _slots(config, capacity, rings)
     kinds = config.layer_kinds
 
+    def buffer(kind):
+        shape = (batch_size, config.num_kv_heads, slots[kind])
+        numbers = ops.zeros((*shape, config.head_dim), dtype=dtype)
+        if dtype != "int8":
+            return numbers
+        return Codes(numbers, ops.zeros((*shape, 1), dtype="float32"))
+
     def buffers():
-        return tuple(
-            ops.zeros((*shape[:2], slots[kind], shape[3]), dtype=dtype)
-            for kind in kinds
-        )
+        return tuple(buffer(kind) for kind in kinds)
 
     positions = {
         kind: ops.full((batch_size, slots[kind]), EMPTY, dtype="int32")
@@ -73,12 +95,40 @@ def grow_cache(cache, config, capacity, rings=True):
         return ops.pad(array, widths, constant_values=value) if missing > 0 else array
 
     kinds = config.layer_kinds
+
+    def grow_all(buffers):
+        return tuple(
+            _each_part(lambda part, kind=kind: grow(part, 2, kind, 0), buffer)
+            for buffer, kind in zip(buffers, kinds, strict=True)
+        )
+
     return Cache(
-        tuple(grow(k, 2, kind, 0) for k, kind in zip(cache.keys, kinds, strict=True)),
-        tuple(grow(v, 2, kind, 0) for v, kind in zip(cache.values, kinds, strict=True)),
+        grow_all(cache.keys),
+        grow_all(cache.values),
         {kind: grow(p, 1, kind, EMPTY) for kind, p in cache.positions.items()},
         cache.length,
     )
+
+
+def take_rows(cache, rows):
+    """The cache that has these rows, integers [R], of another, in this order."""
+
+    def take(array):
+        return ops.take(array, rows, axis=0)
+
+    return Cache(
+        tuple(_each_part(take, keys) for keys in cache.keys),
+        tuple(_each_part(take, values) for values in cache.values),
+        {kind: take(p) for kind, p in cache.positions.items()},
+        cache.length,
+    )
+
+
+def _each_part(function, buffer):
+    """A function of tensors, applied to one or to both tensors of `Codes`."""
+    if isinstance(buffer, Codes):
+        return Codes(*map(function, buffer))
+    return function(buffer)
 
 
 def cut_cache(cache, dropped):
@@ -107,11 +157,16 @@ class LayerCache:
 
     def update(self, key, value):
         """Store `key` and `value` [B, K, T, H]; return what the T queries may see."""
-        self.keys, seen_keys = write(self.keys, key, self.length, self.count, axis=2)
-        self.values, seen_values = write(
-            self.values, value, self.length, self.count, axis=2
-        )
+        self.keys, seen_keys = self._write(self.keys, key)
+        self.values, seen_values = self._write(self.values, value)
         return seen_keys, seen_values
+
+    def _write(self, buffer, new):
+        if not isinstance(buffer, Codes):
+            return write(buffer, new, self.length, self.count, axis=2)
+        parts = zip(buffer, quantize(new), strict=True)
+        written = [write(*part, self.length, self.count, axis=2) for part in parts]
+        return tuple(map(Codes, *written))
 
 
 class Step:

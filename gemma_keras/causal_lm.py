@@ -32,12 +32,23 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             and gives token ids.
         logits_dtype: dtype of the logits, `"float32"` or `"compute"` for the compute
             dtype of the model, which halves their memory in bfloat16.
+        kv_cache_dtype: what `generate`, `stream` and chats keep of the tokens they have
+            read: `"auto"`, keys and values in the compute dtype, or `"int8"`, codes of
+            8 bits. It may be set at any time, for the prompts that are read next
+            (docs/generation.md).
 
     Calling it on `{"token_ids": [B, T], "padding_mask": [B, T]}` gives logits
     [B, T, V]; `GemmaBackbone.call` lists the other inputs.
     """
 
-    def __init__(self, backbone, preprocessor=None, logits_dtype="float32", **kwargs):
+    def __init__(
+        self,
+        backbone,
+        preprocessor=None,
+        logits_dtype="float32",
+        kv_cache_dtype="auto",
+        **kwargs,
+    ):
         kwargs.setdefault("dtype", backbone.dtype_policy)
         super().__init__(autocast=False, **kwargs)
         if logits_dtype not in ("float32", "compute"):
@@ -50,6 +61,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
         # Where the weights come from, for what is exported.
         self.provenance = Provenance()
         self._engine = generation.Engine(backbone)
+        self.kv_cache_dtype = kv_cache_dtype
         self.built = True
         self.compile()
 
@@ -62,6 +74,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
         load_weights=True,
         quantize=None,
         logits_dtype="float32",
+        kv_cache_dtype="auto",
         progress=None,
         **preprocessor_settings,
     ):
@@ -77,6 +90,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             quantize: `"int8"` or `"int4"`, or a `Quantization` for more: keep matrices
                 in so many bits, each rounded as it is read (docs/quantization.md).
             logits_dtype: as in the constructor.
+            kv_cache_dtype: likewise.
             progress: called as `progress(done_bytes, total_bytes)` while weights load.
             **preprocessor_settings: arguments of `GemmaCausalLMPreprocessor`, such as
                 `sequence_length`.
@@ -85,6 +99,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             ValueError: there is no such preset, or what is there is not a Gemma that
                 can be read; `CheckpointError` if a file is damaged.
         """
+        generation.check_kv_cache_dtype(kv_cache_dtype)
         with loading.open_source(source, dtype) as checkpoint:
             # The small things first: a bad tokenizer is told before gigabytes move.
             preprocessor = loading.load_preprocessor(
@@ -93,7 +108,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             backbone = loading.make_backbone(
                 checkpoint, dtype, load_weights, quantize, progress
             )
-            lm = cls(backbone, preprocessor, logits_dtype=logits_dtype)
+            lm = cls(backbone, preprocessor, logits_dtype, kv_cache_dtype)
             if load_weights:
                 lm.provenance = Provenance.of(checkpoint, source)
         return lm
@@ -224,6 +239,15 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
     def config(self):
         """The `GemmaConfig` of the backbone."""
         return self.backbone.config
+
+    @property
+    def kv_cache_dtype(self):
+        """`"auto"` or `"int8"`: in what keys and values of tokens are kept."""
+        return self._engine.kv_cache_dtype
+
+    @kv_cache_dtype.setter
+    def kv_cache_dtype(self, value):
+        self._engine.kv_cache_dtype = generation.check_kv_cache_dtype(value)
 
     def call(self, inputs, training=None):
         hidden = self.backbone(inputs, training=training)
@@ -461,6 +485,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             "backbone": keras.saving.serialize_keras_object(self.backbone),
             "preprocessor": keras.saving.serialize_keras_object(self.preprocessor),
             "logits_dtype": self.logits_dtype,
+            "kv_cache_dtype": self.kv_cache_dtype,
         }
 
     @classmethod

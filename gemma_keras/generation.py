@@ -15,6 +15,8 @@ from gemma_keras import backend, samplers
 from gemma_keras import cache as kv_cache
 
 MAX_STOP_IDS = 16
+# What keys and values are kept in: the dtype that the model computes in, or 8 bits.
+KV_CACHE_DTYPES = ("auto", "int8")
 
 
 class State(NamedTuple):
@@ -63,6 +65,16 @@ def make_plan(sampler, limits, stop_token_ids, seed=None):
     )
 
 
+def check_kv_cache_dtype(value):
+    """`value`, if it is one of `KV_CACHE_DTYPES`; raises ValueError."""
+    if value not in KV_CACHE_DTYPES:
+        raise ValueError(
+            'kv_cache_dtype must be "auto", the dtype that the model computes in, or '
+            f'"int8", got {value!r}.'
+        )
+    return value
+
+
 def bucket(length, smallest=32):
     """The next length that programs are compiled for: 32, 48, 64, 96, 128, 192, ..."""
     size = smallest
@@ -107,7 +119,7 @@ class PromptCache:
         self.clear()
         # At least one token has to be read, for what follows it.
         shared = _shared(known, prompt[:-1])
-        same = of == (id(engine), engine.weights()) and not plan.features.penalty
+        same = of == engine.identity() and not plan.features.penalty
         if shared and same:
             state = _cut(state, len(known) - shared)
             if state is not None:
@@ -126,7 +138,7 @@ class PromptCache:
         answer = read - len(prompt)
         tokens = ops.convert_to_numpy(state.tokens)[0, :answer]
         self.token_ids = [*prompt, *tokens.tolist()]
-        self._state, self._of = state, (id(engine), engine.weights())
+        self._state, self._of = state, engine.identity()
 
 
 def _shared(one, other):
@@ -148,10 +160,15 @@ def _cut(state, dropped):
 
 
 class Engine:
-    """The programs of one backbone, compiled when first needed."""
+    """The programs of one backbone, compiled when first needed.
+
+    Attributes:
+        kv_cache_dtype: one of `KV_CACHE_DTYPES`, for the prompts that are read next.
+    """
 
     def __init__(self, backbone):
         self.backbone = backbone
+        self.kv_cache_dtype = "auto"
         self._programs = {}
         self._variables = None
 
@@ -168,7 +185,8 @@ class Engine:
             tokens[row, length - len(prompt) :] = prompt
             mask[row, length - len(prompt) :] = True
         capacity = bucket(length + int(max(plan.limits)), 128)
-        program = self._program("prefill", plan.features, (capacity, rings))
+        size = (capacity, self._cache_dtype(), rings)
+        program = self._program("prefill", plan.features, size)
         return program(tokens, mask, *plan[1:])
 
     def resume(self, state, prompt, plan, rings=True):
@@ -219,9 +237,14 @@ class Engine:
         state = state._replace(tokens=tokens, log_probs=log_probs, emitted=emitted)
         return state, np.take_along_axis(scores, ranks, axis=1)
 
-    def weights(self):
-        """What tells one set of weights, adapters included, from another."""
-        return self.backbone.adapters.state, backend.identities(self.backbone.variables)
+    def identity(self):
+        """What tells whose state it is: model, weights, adapters, and cache's dtype."""
+        weights = backend.identities(self.backbone.variables)
+        return id(self), self.backbone.adapters.state, weights, self._cache_dtype()
+
+    def _cache_dtype(self):
+        auto = self.kv_cache_dtype == "auto"
+        return self.backbone.compute_dtype if auto else self.kv_cache_dtype
 
     def _program(self, kind, features, size=None):
         variables = self.backbone.variables
@@ -245,13 +268,11 @@ class Engine:
     # What follows is traced into programs.
 
     def _prefill(
-        self, features, capacity, rings, tokens, mask, controls, stop_ids, limits
+        self, features, capacity, dtype, rings, tokens, mask, controls, stop_ids, limits
     ):
         batch = tokens.shape[0]
         backbone = self.backbone
-        cache = kv_cache.make_cache(
-            backbone.config, batch, capacity, backbone.compute_dtype, rings
-        )
+        cache = kv_cache.make_cache(backbone.config, batch, capacity, dtype, rings)
         inputs = {"token_ids": tokens, "padding_mask": mask}
         hidden, cache = backbone(inputs, cache=cache)
         cache = cache._replace(length=backend.counter(cache.length))
@@ -435,12 +456,7 @@ def _take_rows(state, rows):
     def take(array):
         return ops.take(array, rows, axis=0)
 
-    cache = kv_cache.Cache(
-        tuple(take(keys) for keys in state.cache.keys),
-        tuple(take(values) for values in state.cache.values),
-        {kind: take(p) for kind, p in state.cache.positions.items()},
-        state.cache.length,
-    )
+    cache = kv_cache.take_rows(state.cache, rows)
     rest = {
         name: take(array)
         for name, array in state._asdict().items()
