@@ -53,7 +53,10 @@ def attend(query, key, value, mask, config):
     length, heads, size = query.shape[1:]
     groups = heads // config.num_kv_heads
     coded, dtype = isinstance(key, Codes), query.dtype
-    if keras.backend.standardize_dtype(dtype) == "float16":
+    if coded and backend.on_cpu():
+        # Codes have to be cast anyway, and a CPU multiplies float32 the fastest.
+        query = ops.cast(query, "float32")
+    elif keras.backend.standardize_dtype(dtype) == "float16":
         # A product of unnormalised queries and keys can pass 65504.
         query = ops.cast(query, "float32")
         key = key if coded else ops.cast(key, "float32")

@@ -136,14 +136,17 @@ def _xla_would_copy(x):
     """
     if keras.backend.standardize_dtype(x.dtype) != "bfloat16":
         return False
-    if NAME == "jax":
-        return _in_program.get() and jax.default_backend() == "cpu"
     # TensorFlow knows this kind of product inside XLA only.
-    return (
-        NAME == "tensorflow"
-        and _in_program.get()
-        and not tf.config.list_logical_devices("GPU")
-    )
+    return NAME != "torch" and _in_program.get() and on_cpu()
+
+
+def on_cpu():
+    """Whether the backend computes on a CPU."""
+    if NAME == "torch":
+        return torch_device().type == "cpu"
+    if NAME == "jax":
+        return jax.default_backend() == "cpu"
+    return not tf.config.list_logical_devices("GPU")
 
 
 def _matmul_bfloat16(x, kernel, transposed):
