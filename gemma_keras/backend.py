@@ -479,7 +479,14 @@ def torch_device():
 
 def counter(value):
     """An integer that a loop counts up: a Python one on torch, an array elsewhere."""
-    return int(value) if NAME == "torch" else ops.convert_to_tensor(value, dtype="int32")
+    return (
+        int(value) if NAME == "torch" else ops.convert_to_tensor(value, dtype="int32")
+    )
+
+
+def least(one, other):
+    """The smaller of two integers, as `counter` has them."""
+    return min(one, other) if NAME == "torch" else ops.minimum(one, other)
 
 
 def loop(condition, body, state):

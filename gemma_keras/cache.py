@@ -12,6 +12,7 @@ codes of every key and value, those of their own call included, so that what is 
 does not depend on how a text is divided into calls.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,12 +164,19 @@ def take_back(cache, dropped):
     return cache._replace(positions=positions, length=cache.length - dropped)
 
 
+class Place(NamedTuple):
+    """Where the tokens of one call go in a buffer."""
+
+    length: Any  # slots used before
+    count: Any  # how many of the tokens stay; the rest is padding
+    ring: bool  # whether the newest take the place of the oldest
+
+
 class LayerCache:
     """One layer's part of a cache while one call goes through it."""
 
-    def __init__(self, keys, values, length, count):
-        self.keys, self.values = keys, values
-        self.length, self.count = length, count
+    def __init__(self, keys, values, place):
+        self.keys, self.values, self.place = keys, values, place
 
     def update(self, key, value):
         """Store `key` and `value` [B, K, T, H]; return what the T queries may see."""
@@ -178,9 +186,9 @@ class LayerCache:
 
     def _write(self, buffer, new):
         if not isinstance(buffer, Codes):
-            return write(buffer, new, self.length, self.count, axis=2)
+            return write(buffer, new, self.place, axis=2)
         parts = zip(buffer, quantize(new), strict=True)
-        written = [write(*part, self.length, self.count, axis=2) for part in parts]
+        written = [write(*part, self.place, axis=2) for part in parts]
         return tuple(map(Codes, *written))
 
 
@@ -191,8 +199,8 @@ class Step:
         cache: the `Cache` before the call.
         layer_kinds: one letter a layer, as `GemmaConfig.layer_kinds`.
         positions: int32 [B, T] of the new tokens, EMPTY where there is padding.
-        padding_mask: bool [B, T] or None. The first call of a cache may be padded on
-            the left, a later one on the right and alike in every row.
+        padding_mask: bool [B, T] or None. Rows may be padded on the left where the
+            cache has nothing of them yet, and on the right all alike.
 
     `layers` holds a `LayerCache` a layer, `seen` the positions [B, S] that go with the
     keys they return, for each layer kind.
@@ -204,14 +212,21 @@ class Step:
         if padding_mask is not None and count > 1 and not fresh:
             count = ops.max(ops.sum(ops.cast(padding_mask, "int32"), axis=1))
         self.length = length + count
+        slots = {kind: p.shape[1] for kind, p in cache.positions.items()}
+        places = {
+            kind: Place(length, count, slots[kind] < slots.get("G", math.inf))
+            for kind in sorted(slots)
+        }
         self.positions, self.seen = {}, {}
-        for kind in sorted(set(layer_kinds)):
+        for kind, place in places.items():
             self.positions[kind], self.seen[kind] = write(
-                cache.positions[kind], positions, length, count, axis=1
+                cache.positions[kind], positions, place, axis=1
             )
         self.layers = [
-            LayerCache(keys, values, length, count)
-            for keys, values in zip(cache.keys, cache.values, strict=True)
+            LayerCache(keys, values, places[kind])
+            for keys, values, kind in zip(
+                cache.keys, cache.values, layer_kinds, strict=True
+            )
         ]
 
     def finish(self):
@@ -221,26 +236,28 @@ class Step:
         return Cache(keys, values, self.positions, self.length)
 
 
-def write(buffer, new, length, count, axis):
-    """Put `new` into the slots that follow `length`, along `axis`.
+def write(buffer, new, place, axis):
+    """Put `new` into the slots that follow, along `axis`.
 
     Returns `(buffer, seen)`: the buffer for the next call, and the array that the
     tokens of this call may attend to.
 
-    One token is written in place, and sees the buffer. The first tokens of a cache see
-    themselves. Later runs of tokens see the old slots and themselves; of these only
-    the first `count` stay, the rest is padding to be overwritten.
+    The first tokens of a cache see themselves. Others are written in place and see the
+    buffer; padding is overwritten by what comes next. Only a ring would lose what some
+    of several tokens may still see: they see the old slots and themselves.
     """
     tokens, slots = new.shape[axis], buffer.shape[axis]
-    if tokens == 1:
-        buffer = backend.write_slots(buffer, new, length % slots, axis)
-        return buffer, buffer
-    if isinstance(length, int) and length == 0:
+    length = place.length
+    if isinstance(length, int) and length == 0 and tokens > 1:
         return _write_first(buffer, new, axis), new
+    if tokens == 1 or not place.ring:
+        start = length % slots if place.ring else length
+        buffer = backend.write_slots(buffer, new, start, axis)
+        return buffer, buffer
     seen = ops.concatenate([buffer, new], axis=axis)
     # The last token that lands in slot s is the largest index i with
     # (length + i) % slots == s; a negative i means that the slot keeps what it has.
-    last = count - 1
+    last = place.count - 1
     slot = ops.arange(slots, dtype="int32")
     index = last - (length + last - slot) % slots
     index = ops.where(index >= 0, slots + index, slot)

@@ -1,9 +1,9 @@
 """From prompts to tokens: prefill, decoding, streaming, and beam search.
 
-Prefill reads the whole prompt in one call and makes logits for its last position only;
-decoding then reads one token a call, in a loop that is compiled as a whole on JAX and
-TensorFlow. Programs are kept, so that a second prompt, other settings or a longer
-answer compile nothing.
+A prompt is read in chunks, with logits for its last position only; decoding then reads
+one token a call. Both are loops that are compiled as a whole on JAX and TensorFlow.
+Programs are kept, so that another prompt, whatever its length, other settings or a
+longer answer compile nothing, as long as they fit into the same room.
 """
 
 from typing import Any, NamedTuple
@@ -82,9 +82,37 @@ def check_kv_cache_dtype(value):
     return value
 
 
-def bucket(length, smallest=32):
-    """The next length that programs are compiled for: 32, 48, 64, 96, 128, 192, ..."""
-    size = smallest
+# Whether a program is compiled for shapes, and has to know them beforehand.
+STATIC = backend.NAME != "torch"
+# Where it is, prompts are read in chunks of two sizes, whatever their length: large ones
+# while more than half of one is left, then small ones. Where it is not, as they are, but
+# for long ones, whose scores of attention would take much memory.
+LARGE_CHUNK, SMALL_CHUNK, LONG = 256, 64, 1024
+
+
+def _chunks(width):
+    """`(size, least)`: sizes of chunks, each while at least so much is left to read."""
+    if not STATIC:
+        return ((LONG, LONG), (width % LONG, 1)) if width % LONG else ((LONG, LONG),)
+    small = (SMALL_CHUNK, 1)
+    if width <= LARGE_CHUNK:
+        return (small,)
+    return (LARGE_CHUNK, LARGE_CHUNK // 2 + 1), small
+
+
+def _capacity(used, length, plan):
+    """Slots for so many tokens before a prompt, the prompt, and the answer."""
+    room = used + length + int(max(plan.limits)) + plan.ahead
+    if STATIC:
+        # The last chunk may reach past the prompt.
+        size = LARGE_CHUNK if length % LARGE_CHUNK > LARGE_CHUNK // 2 else SMALL_CHUNK
+        room = max(room, used + -(-length // size) * size)
+    return _bucket(room)
+
+
+def _bucket(length):
+    """The next length that programs are compiled for: 256, 384, 512, 768, 1024, ..."""
+    size = 256
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
@@ -184,26 +212,14 @@ class Engine:
 
         Without `rings` all of them can be taken back.
         """
-        longest = max(len(prompt) for prompt in prompts)
-        length = longest if backend.NAME == "torch" else bucket(longest)
-        tokens = np.zeros((len(prompts), length), "int32")
-        mask = np.zeros((len(prompts), length), bool)
-        for row, prompt in enumerate(prompts):
-            tokens[row, length - len(prompt) :] = prompt
-            mask[row, length - len(prompt) :] = True
-        capacity = bucket(length + int(max(plan.limits)) + plan.ahead, 128)
-        size = (capacity, self._cache_dtype(), plan.ahead if rings else None)
-        program = self._program("prefill", plan.features, size)
-        return program(tokens, mask, *plan.arrays)
+        length = max(len(prompt) for prompt in prompts)
+        spare = plan.ahead if rings else None
+        state = self._blank(len(prompts), _capacity(0, length, plan), spare)
+        return self._feed(state, prompts, plan)
 
     def resume(self, state, prompt, plan, rings=True):
         """Read more of a conversation of one row into the cache that `state` holds."""
-        used = int(state.cache.length)
-        length = len(prompt) if backend.NAME == "torch" else bucket(len(prompt))
-        tokens, mask = np.zeros((1, length), "int32"), np.zeros((1, length), bool)
-        tokens[0, : len(prompt)] = prompt
-        mask[0, : len(prompt)] = True
-        capacity = bucket(used + length + int(max(plan.limits)) + plan.ahead, 128)
+        capacity = _capacity(int(state.cache.length), len(prompt), plan)
         cache = kv_cache.grow_cache(
             state.cache,
             self.backbone.config,
@@ -212,10 +228,43 @@ class Engine:
         )
         state = state._replace(cache=cache)
         if capacity > state.tokens.shape[1]:
-            blank = _blank(1, capacity)
+            blank = _blank_answer(1, capacity)
             state = state._replace(tokens=blank[0], log_probs=blank[1])
-        program = self._program("extend", plan.features)
-        return program(state, tokens, mask, *plan.arrays)
+        return self._feed(state, [prompt], plan)
+
+    def _feed(self, state, prompts, plan):
+        """Read prompts that follow what the rows of `state` have."""
+        length = max(len(prompt) for prompt in prompts)
+        shape = (len(prompts), state.tokens.shape[1] if STATIC else length)
+        tokens, mask = np.zeros(shape, "int32"), np.zeros(shape, bool)
+        for row, prompt in enumerate(prompts):
+            tokens[row, length - len(prompt) : length] = prompt
+            mask[row, length - len(prompt) : length] = True
+        program = self._program("read", plan.features)
+        length = backend.counter(length)
+        return program(state, tokens, mask, length, *plan.arrays)
+
+    def _blank(self, rows, capacity, spare):
+        """The `State` of rows that have nothing; `spare` is as in `make_cache`."""
+        backbone = self.backbone
+        cache = kv_cache.make_cache(
+            backbone.config, rows, capacity, self._cache_dtype(), spare
+        )
+        if STATIC:
+            cache = cache._replace(length=backend.counter(0))
+        tokens, log_probs = _blank_answer(rows, capacity)
+        shape = (rows, backbone.config.hidden_dim)
+        return State(
+            cache,
+            tokens,
+            log_probs,
+            emitted=ops.zeros((rows,), dtype="int32"),
+            done=ops.zeros((rows,), dtype="bool"),
+            position=ops.full((rows,), -1, dtype="int32"),
+            seen=ops.zeros((rows, 1), dtype="bool"),
+            count=backend.counter(0),
+            last_hidden=ops.zeros(shape, dtype=backbone.compute_dtype),
+        )
 
     def advance(self, state, plan, limit):
         """Decode until every row is done or has been given `limit` tokens."""
@@ -294,62 +343,56 @@ class Engine:
 
     def _program(self, kind, features, size=None):
         functions = {
-            "prefill": lambda *a: self._prefill(features, *size, *a),
-            "extend": lambda *a: self._extend(features, *a),
+            "read": lambda *a: self._read(features, *a),
             "decode": lambda *a: self.decode(features, *a),
             "beams": lambda *a: self._beams(size, *a),
         }
-        donated = 0 if kind in ("extend", "decode") else None
+        donated = 0 if kind in ("read", "decode") else None
         return self.program(kind, features, size, functions[kind], donated)
 
     # What follows is traced into programs.
 
-    def _prefill(
-        self, features, capacity, dtype, spare, tokens, mask, controls, stop_ids, limits
-    ):
-        batch = tokens.shape[0]
-        backbone = self.backbone
-        cache = kv_cache.make_cache(backbone.config, batch, capacity, dtype, spare)
-        inputs = {"token_ids": tokens, "padding_mask": mask}
-        hidden, cache = backbone(inputs, cache=cache)
-        cache = cache._replace(length=backend.counter(cache.length))
-        seen = ops.zeros((batch, 1), dtype="bool")
-        if features.penalty:
-            seen = ops.zeros((batch, backbone.config.vocab_size), dtype="bool")
-            seen = self.mark(seen, tokens, mask)
-        state = State(
-            cache,
-            *_blank(batch, capacity),
-            emitted=ops.zeros((batch,), dtype="int32"),
-            done=limits <= 0,
-            position=ops.sum(ops.cast(mask, "int32"), axis=1) - 1,
-            seen=seen,
-            count=backend.counter(0),
-            last_hidden=hidden[:, -1],
-        )
-        return self.emit(state, hidden[:, -1], features, controls, stop_ids, limits)
+    def _read(self, features, state, tokens, mask, length, controls, stop_ids, limits):
+        """Read columns up to `length` of `tokens`; choose the token that follows."""
+        counted = ops.cumsum(ops.cast(mask, "int32"), axis=1)
+        positions = ops.maximum(state.position[:, None] + counted, 0)
+        inputs = {"token_ids": tokens, "padding_mask": mask, "positions": positions}
+        carried = state.cache, state.last_hidden, backend.counter(0)
+        for size, least in _chunks(tokens.shape[1]):
 
-    def _extend(self, features, state, tokens, mask, controls, stop_ids, limits):
-        inputs = {"token_ids": tokens, "padding_mask": mask}
-        inputs["positions"] = (
-            state.position[:, None] + 1 + ops.arange(tokens.shape[1], dtype="int32")
-        )
-        hidden, cache = self.backbone(inputs, cache=state.cache)
-        last = ops.sum(ops.cast(mask, "int32"), axis=1)
-        seen = state.seen
+            def more(carried, least=least):
+                return length - carried[2] >= least
+
+            def step(carried, size=size):
+                return self._read_chunk(inputs, length, size, *carried)
+
+            carried = backend.loop(more, step, carried)
+        cache, hidden, _ = carried
+        seen = ops.zeros((tokens.shape[0], 1), dtype="bool")
         if features.penalty:
-            seen = ops.zeros((1, self.backbone.config.vocab_size), dtype="bool")
-            seen = self.mark(seen, tokens, mask)
+            shape = (tokens.shape[0], self.backbone.config.vocab_size)
+            seen = self.mark(ops.zeros(shape, dtype="bool"), tokens, mask)
         state = state._replace(
             cache=cache,
             emitted=ops.zeros_like(state.emitted),
             done=limits <= 0,
-            position=state.position + last,
+            position=state.position + counted[:, -1],
             seen=seen,
             count=backend.counter(0),
         )
-        hidden = ops.take_along_axis(hidden, (last - 1)[:, None, None], axis=1)[:, 0]
         return self.emit(state, hidden, features, controls, stop_ids, limits)
+
+    def _read_chunk(self, inputs, length, size, cache, hidden, start):
+        """Read `size` columns from `start`; those past `length` are padding."""
+        part = {
+            name: backend.read_slots(x, start, axis=1, size=size)
+            for name, x in inputs.items()
+        }
+        found, cache = self.backbone(part, cache=cache)
+        cache = cache._replace(length=backend.counter(cache.length))
+        last = backend.least(length - start, size) - 1
+        hidden = backend.read_slots(found, last, axis=1)[:, 0]
+        return cache, hidden, start + size
 
     def decode(self, features, state, limit, *plan):
         """The state when every row is done or has been given `limit` tokens."""
@@ -481,7 +524,7 @@ class Engine:
         return ops.cast(wide[:, :width], "bool")
 
 
-def _blank(batch, capacity):
+def _blank_answer(batch, capacity):
     shape = (batch, capacity)
     return ops.zeros(shape, dtype="int32"), ops.zeros(shape, dtype="float32")
 
