@@ -1,5 +1,6 @@
 """generate, stream, chat and score, as a user calls them."""
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from keras import ops
 
 import gemma_keras
-from gemma_keras import backend, samplers
+from gemma_keras import backend, generation, samplers
 
 PROMPT = "The cat"
 # No stop token, so that a random model says as much as it is asked to.
@@ -184,15 +185,71 @@ def test_settings_change_without_compiling_anew(lm):
     assert engine._programs == programs
 
 
-def test_two_prompts_of_different_length_compile_once(new_lm, backend):
+def test_another_length_temperature_or_seed_compiles_nothing(new_lm):
     lm = new_lm()
-    ids_of(lm, "The cat")
-    counts = compiled(lm)
-    ids_of(lm, "The cat sat on the mat and looked")
-    ids_of(lm, "Two", max_new_tokens=7)
+    ids = np.arange(200, dtype="int32")[None] % 300 + 10
+
+    def answer(length, temperature, seed):
+        sampler = samplers.TopKSampler(k=4, temperature=temperature)
+        prompt = {"token_ids": ids[:, :length]}
+        lm.generate(prompt, max_new_tokens=9, sampler=sampler, seed=seed, **FREE)
+
+    answer(3, 1.0, 1)
+    with backend_compilations() as seen:
+        counts = compiled(lm)
+        for length, temperature, seed in ((40, 0.3, 2), (190, 2.0, 3), (1, 0.9, 4)):
+            answer(length, temperature, seed)
     assert compiled(lm) == counts
-    if backend != "torch":
+    assert not seen
+    if backend.NAME != "torch":
         assert counts and all(counts)
+
+
+@contextlib.contextmanager
+def backend_compilations():
+    """A list of what JAX compiles within it, in programs of ours or not."""
+    seen = []
+    if backend.NAME != "jax":
+        yield seen
+        return
+    import jax
+
+    def listen(event, duration, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(details)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + len(seen))(1.5)
+        assert seen, "JAX tells of compilations in another way"
+        seen.clear()
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("rings", [True, False])
+def test_prompts_of_any_length_are_read_in_chunks(new_lm, monkeypatch, rings):
+    """One by one and together, around the sizes of chunks and of the window."""
+    monkeypatch.setattr(generation, "LONG", 100)
+    lm = new_lm()
+    rng = np.random.default_rng(0)
+    lengths = [1, 5, 63, 64, 65, 129, 200, 300]
+    prompts = [rng.integers(4, 340, length).tolist() for length in lengths]
+    plan = generation.make_plan(samplers.get("greedy"), [3] * len(prompts), ())
+    engine = lm.engine
+    state = engine.advance(engine.start(prompts, plan, rings), plan, 3)
+    answers = ops.convert_to_numpy(state.tokens)[:, :3].tolist()
+    rows = np.zeros((len(prompts), 303), "int32")
+    for row, prompt, answer in zip(rows, prompts, answers, strict=True):
+        row[: len(prompt) + 3] = prompt + answer
+    likeliest = ops.convert_to_numpy(lm({"token_ids": rows})).argmax(-1)
+    for row, length, answer in zip(likeliest, lengths, answers, strict=True):
+        assert row[length - 1 : length + 2].tolist() == answer
+    plan = generation.make_plan(samplers.get("greedy"), [3], ())
+    for prompt, answer in list(zip(prompts, answers, strict=True))[2:6]:
+        state = engine.advance(engine.start([prompt], plan, rings), plan, 3)
+        assert ops.convert_to_numpy(state.tokens)[0, :3].tolist() == answer
 
 
 def compiled(lm):
