@@ -150,7 +150,7 @@ class _CodesCore(_Core):
         weights = ops.softmax(self._scores(query, key, mask), axis=-1)
         weights = weights * ops.swapaxes(value.scales, 2, 3)
         codes = ops.cast(value.codes, query.dtype)
-        return ops.matmul(ops.cast(weights, query.dtype), codes)
+        return backend.batch_matmul(ops.cast(weights, query.dtype), codes)
 
     def _products(self, query, key):
         products = super()._products(query, ops.cast(key.codes, query.dtype))

@@ -31,6 +31,8 @@ from gemma_keras import (
 from gemma_keras.cli_base import (
     BackendOption,
     Json,
+    KVCacheDtype,
+    KVCacheOption,
     Model,
     Source,
     app,
@@ -139,6 +141,7 @@ def generate(
     system: Annotated[
         str | None, option("Instruction before the user's turn; implies --chat.")
     ] = None,
+    kv_cache_dtype: KVCacheOption = KVCacheDtype.AUTO,
 ):
     """Print what comes after a text, as it is made."""
     if prompt in (None, "-"):
@@ -150,7 +153,9 @@ def generate(
         prompt = [*turns, {"role": "user", "content": prompt}]
     start_keras_on(model.backend)
     arguments = sampling.arguments()
-    write(model.load().stream(prompt, **arguments))
+    lm = model.load()
+    lm.kv_cache_dtype = kv_cache_dtype.value
+    write(lm.stream(prompt, **arguments))
 
 
 def write(pieces):
@@ -173,6 +178,7 @@ def chat(
     model: Model,
     sampling: Sampling,
     system: Annotated[str | None, option("Instruction for the whole chat.")] = None,
+    kv_cache_dtype: KVCacheOption = KVCacheDtype.AUTO,
 ):
     """Talk with an instruction-tuned Gemma; it remembers the turns before.
 
@@ -182,6 +188,7 @@ def chat(
     start_keras_on(model.backend)
     arguments = sampling.arguments()
     lm = model.load()
+    lm.kv_cache_dtype = kv_cache_dtype.value
     if sys.stdin.isatty():
         say("/reset forgets the chat, /exit ends it, a \\ at its end continues a line.")
     session = lm.start_chat(system=system)

@@ -2,13 +2,23 @@
 
 import dataclasses
 
+import keras
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 from small_model import CONFIG
 
-from gemma_keras.cache import EMPTY, LayerCache, Step, grow_cache, make_cache
+from gemma_keras.cache import (
+    EMPTY,
+    Codes,
+    LayerCache,
+    Step,
+    grow_cache,
+    make_cache,
+    quantize,
+    take_rows,
+)
 
 # The sizes of successive calls, and how much padding follows all but the first.
 RUNS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=6)
@@ -68,3 +78,74 @@ def test_sliding_layers_keep_no_more_than_their_window():
     slots["G"] = 96
     shapes = [tuple(values.shape) for values in grown.values]
     assert shapes == [(3, heads, slots[kind], size) for kind in CONFIG.layer_kinds]
+
+
+def restored(codes):
+    assert isinstance(codes, Codes)
+    numbers, scales = (ops.convert_to_numpy(part) for part in codes)
+    assert (numbers.dtype, scales.dtype) == ("int8", "float32")
+    return numbers * scales.astype("float64")
+
+
+def test_codes_are_the_nearest_of_a_grid_for_each_token_and_head():
+    random = np.random.default_rng(3)
+    vectors = random.normal(size=(2, 3, 4, 10)) * 10.0 ** random.integers(-6, 6, (4, 1))
+    vectors[1, 2, 3] = 0
+    vectors = vectors.astype("float32")
+    codes = quantize(ops.convert_to_tensor(vectors))
+    found, steps = restored(codes), np.abs(vectors).max(-1, keepdims=True) / 127
+    np.testing.assert_allclose(ops.convert_to_numpy(codes.scales), steps, rtol=1e-6)
+    assert (np.abs(found - vectors) <= steps * (0.5 + 1e-4)).all()
+    assert not found[1, 2, 3].any()
+    # The ends of the grid are used, and 128 is not among them.
+    assert set(np.abs(ops.convert_to_numpy(codes.codes)).max(-1).flat) == {0, 127}
+
+
+def test_a_cache_of_codes_holds_the_codes_of_what_a_cache_of_floats_holds():
+    """Through first tokens, single ones, later runs, growth, and rows taken apart."""
+    random, seen = np.random.default_rng(4), 0
+    caches = {dtype: make_cache(CONFIG, 2, 24, dtype) for dtype in ("float32", "int8")}
+    for size in (5, 1, 4, 1):
+        shape = (2, CONFIG.num_kv_heads, size, CONFIG.head_dim)
+        pair = [
+            ops.convert_to_tensor(random.normal(size=shape).astype("float32"))
+            for _ in range(2)
+        ]
+        positions = np.tile(np.arange(seen, seen + size, dtype="int32"), (2, 1))
+        answers = []
+        for dtype, cache in caches.items():
+            tensor = ops.convert_to_tensor(positions)
+            step = Step(cache, CONFIG.layer_kinds, tensor, None)
+            answers.append([layer.update(*pair) for layer in step.layers])
+            caches[dtype] = step.finish()
+        for floats, codes in zip(*answers, strict=True):
+            for each, other in zip(floats, codes, strict=True):
+                np.testing.assert_array_equal(restored(quantize(each)), restored(other))
+        seen += size
+    assert seen > CONFIG.sliding_window
+    for dtype, cache in caches.items():
+        grown = grow_cache(cache, CONFIG, 32)
+        caches[dtype] = take_rows(grown, ops.convert_to_tensor([1, 1, 0]))
+    floats, codes = caches.values()
+    for each, other in ((floats.keys, codes.keys), (floats.values, codes.values)):
+        for one, same in zip(each, other, strict=True):
+            assert same.codes.shape[0] == 3
+            np.testing.assert_array_equal(restored(quantize(one)), restored(same))
+
+
+def test_codes_take_a_quarter_of_float32_and_half_of_bfloat16():
+    config = dataclasses.replace(CONFIG, head_dim=256)
+
+    def bytes_of(dtype):
+        arrays = keras.tree.flatten(
+            make_cache(config, 2, 100, dtype)._replace(length=())
+        )
+        kinds = [keras.backend.standardize_dtype(x.dtype) for x in arrays]
+        sizes = {"int8": 1, "bfloat16": 2, "int32": 4, "float32": 4}
+        return sum(
+            sizes[kind] * int(np.prod(x.shape))
+            for kind, x in zip(kinds, arrays, strict=True)
+        )
+
+    assert bytes_of("int8") <= 0.30 * bytes_of("float32")
+    assert bytes_of("int8") <= 0.55 * bytes_of("bfloat16")
