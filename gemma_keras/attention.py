@@ -44,7 +44,8 @@ def attend(query, key, value, mask, config):
         query: [B, T, N, H], rotated.
         key: [B, K, S, H], rotated; or `Codes` of these.
         value: [B, K, S, H], or `Codes`.
-        mask: bool, broadcastable to [B, T, S].
+        mask: bool, broadcastable to [B, T, S]. Where keys are in several parts, these
+            three are tuples.
         config: a `GemmaConfig`, for the head counts, the scale and the soft cap.
 
     Returns:
@@ -52,27 +53,32 @@ def attend(query, key, value, mask, config):
     """
     length, heads, size = query.shape[1:]
     groups = heads // config.num_kv_heads
-    coded, dtype = isinstance(key, Codes), query.dtype
+    keys, values, masks = (
+        x if isinstance(x, tuple) else (x,) for x in (key, value, mask)
+    )
+    coded, dtype = isinstance(keys[0], Codes), query.dtype
     if coded and backend.on_cpu():
         # Codes have to be cast anyway, and a CPU multiplies float32 the fastest.
         query = ops.cast(query, "float32")
     elif keras.backend.standardize_dtype(dtype) == "float16":
         # A product of unnormalised queries and keys can pass 65504.
         query = ops.cast(query, "float32")
-        key = key if coded else ops.cast(key, "float32")
+        keys = keys if coded else [ops.cast(key, "float32") for key in keys]
     query = query * config.query_pre_attn_scalar**-0.5
     # Fold the G queries of a key head into rows: one matrix product a key head.
     query = ops.reshape(query, (-1, length, config.num_kv_heads, groups, size))
     query = ops.transpose(query, (0, 2, 3, 1, 4))
     query = ops.reshape(query, (-1, config.num_kv_heads, groups * length, size))
-    core = (_CodesCore if coded else _Core)(groups, config.attn_logit_soft_cap)
-    if not coded and backend.may_be_differentiated():
-        run = functools.partial(
-            backend.with_gradient, core.value_and_kept, core.gradient
+    core = _Core(groups, config.attn_logit_soft_cap)
+    if coded:
+        core = _CodesCore(groups, config.attn_logit_soft_cap, query.dtype)
+    masks = [mask[:, None] for mask in masks]
+    if len(keys) == 1 and not coded and backend.may_be_differentiated():
+        mixed = backend.with_gradient(
+            core.value_and_kept, core.gradient, query, keys[0], values[0], masks[0]
         )
     else:
-        run = core.value
-    mixed = run(query, key, value, mask[:, None])
+        mixed = core.value(query, keys, values, masks)
     mixed = ops.cast(mixed, dtype) if coded else mixed
     mixed = ops.reshape(mixed, (-1, config.num_kv_heads, groups, length, size))
     mixed = ops.transpose(mixed, (0, 3, 1, 2, 4))
@@ -89,8 +95,24 @@ class _Core:
     def __init__(self, groups, cap):
         self.groups, self.cap = groups, cap
 
-    def value(self, query, key, value, mask):
-        weights = ops.softmax(self._scores(query, key, mask), axis=-1)
+    def value(self, query, keys, values, masks):
+        """Of keys and values in one or more parts, without a gradient."""
+        scores = [
+            self._scores(query, key, mask)
+            for key, mask in zip(keys, masks, strict=True)
+        ]
+        if len(scores) == 1:
+            weights = [ops.softmax(scores[0], axis=-1)]
+        else:
+            tops = [ops.max(part, axis=-1, keepdims=True) for part in scores]
+            top = functools.reduce(ops.maximum, tops)
+            powers = [ops.exp(part - top) for part in scores]
+            total = sum(ops.sum(part, axis=-1, keepdims=True) for part in powers)
+            weights = [part / total for part in powers]
+        parts = zip(weights, values, strict=True)
+        return sum(self._mix(part, value) for part, value in parts)
+
+    def _mix(self, weights, value):
         return backend.batch_matmul(ops.cast(weights, value.dtype), value)
 
     def value_and_kept(self, query, key, value, mask):
@@ -130,7 +152,7 @@ class _Core:
         return self._masked(soft_cap(self._products(query, key), self.cap), mask)
 
     def _products(self, query, key):
-        return ops.cast(backend.batch_matmul(query, ops.swapaxes(key, 2, 3)), "float32")
+        return ops.cast(backend.row_products(query, key), "float32")
 
     def _masked(self, scores, mask, hidden=MASKED):
         heads, rows, keys = scores.shape[1:]
@@ -146,12 +168,15 @@ class _CodesCore(_Core):
     with it is the scores and the weights, and numbers are never restored.
     """
 
-    def value(self, query, key, value, mask):
-        weights = ops.softmax(self._scores(query, key, mask), axis=-1)
+    def __init__(self, groups, cap, dtype):
+        super().__init__(groups, cap)
+        self.dtype = dtype  # to multiply in
+
+    def _mix(self, weights, value):
         weights = weights * ops.swapaxes(value.scales, 2, 3)
-        codes = ops.cast(value.codes, query.dtype)
-        return ops.matmul(ops.cast(weights, query.dtype), codes)
+        codes = ops.cast(value.codes, self.dtype)
+        return backend.batch_matmul(ops.cast(weights, self.dtype), codes)
 
     def _products(self, query, key):
-        products = super()._products(query, ops.cast(key.codes, query.dtype))
+        products = super()._products(query, ops.cast(key.codes, self.dtype))
         return products * ops.swapaxes(key.scales, 2, 3)

@@ -120,8 +120,10 @@ class Attention(keras.layers.Layer):
         query, key = rotate(query, table), rotate(key, table)
         key, value = ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
         if cache is not None:
-            key, value = cache.update(key, value)
+            key, value = cache.seen(key, value)
         mixed = attend(query, key, value, mask, config)
+        if cache is not None:
+            cache.store(mixed)
         return self.attention_output(mixed, noise)
 
 
@@ -339,7 +341,10 @@ class GemmaBackbone(Adaptable, Quantizable, keras.Model):
         windows = {"G": None, "L": self.config.sliding_window}
         if cache is not None:
             step = kv_cache.Step(cache, self.config.layer_kinds, keys, padding)
-            masks = {k: visible(positions, step.seen[k], windows[k]) for k in kinds}
+            masks = {
+                k: tuple(visible(positions, seen, windows[k]) for seen in step.seen[k])
+                for k in kinds
+            }
             return positions, masks, step
         masks = {k: visible(positions, keys, windows[k]) for k in kinds}
         if segments is not None:

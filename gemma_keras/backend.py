@@ -178,6 +178,17 @@ def batch_matmul(x, y):
     return ops.matmul(x, y)
 
 
+def row_products(x, y):
+    """Products of the rows of `x` [..., R, D] and of `y` [..., S, D]: [..., R, S].
+
+    In the dtype of `x`; for use in gradients, as `batch_matmul`.
+    """
+    if NAME != "torch" and _in_program.get() and x.shape[-2] < x.shape[-1]:
+        # XLA copies what it turns: the result, then, in place of `y`.
+        return ops.swapaxes(ops.matmul(y, ops.swapaxes(x, -1, -2)), -1, -2)
+    return batch_matmul(x, ops.swapaxes(y, -1, -2))
+
+
 def _torch_is_slow_in(x):
     """Whether torch has no fast kernel: narrow floats, and a CPU that lacks them."""
     return (

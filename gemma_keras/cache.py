@@ -165,11 +165,24 @@ def take_back(cache, dropped):
 
 
 class Place(NamedTuple):
-    """Where the tokens of one call go in a buffer."""
+    """Where the tokens of one call go in a buffer, and what they see.
+
+    The first tokens of a cache see themselves. Others see what the buffer has as well:
+    in the buffer, once they are in it, or apart from themselves.
+    """
 
     length: Any  # slots used before
     count: Any  # how many of the tokens stay; the rest is padding
+    first: bool  # whether they are the first of the cache
     ring: bool  # whether the newest take the place of the oldest
+    apart: bool  # whether the old is seen apart from the new, which is written later
+
+    def seen(self, buffer, new, axis):
+        """`(buffer, parts)`: the buffer, written or not, and what is to be seen."""
+        if self.apart:
+            return buffer, (buffer, new)
+        buffer = write(buffer, new, self, axis)
+        return buffer, (new if self.first else buffer,)
 
 
 class LayerCache:
@@ -177,19 +190,49 @@ class LayerCache:
 
     def __init__(self, keys, values, place):
         self.keys, self.values, self.place = keys, values, place
+        self._new = None
 
-    def update(self, key, value):
-        """Store `key` and `value` [B, K, T, H]; return what the T queries may see."""
-        self.keys, seen_keys = self._write(self.keys, key)
-        self.values, seen_values = self._write(self.values, value)
-        return seen_keys, seen_values
+    def seen(self, key, value):
+        """Parts of keys, and of values, that the queries of the tokens may see.
+
+        Args:
+            key: [B, K, T, H] of the tokens.
+            value: likewise.
+
+        Returns:
+            Tuples of one or two arrays [B, K, S, H], or `Codes`.
+        """
+        self.keys, keys = self._see(self.keys, key)
+        self.values, values = self._see(self.values, value)
+        self._new = keys[-1], values[-1]
+        return keys, values
+
+    def store(self, mixed):
+        """Write what is not written yet, after `mixed` was made of what was seen.
+
+        XLA would otherwise write first, into a copy, since the old is still read.
+        """
+        if not self.place.apart:
+            return
+        key, value = (
+            _each_part(lambda part: backend.not_before(part, mixed), x)
+            for x in self._new
+        )
+        self.keys = self._write(self.keys, key)
+        self.values = self._write(self.values, value)
+
+    def _see(self, buffer, new):
+        if not isinstance(buffer, Codes):
+            return self.place.seen(buffer, new, axis=2)
+        pairs = zip(buffer, quantize(new), strict=True)
+        buffers, parts = zip(*(self.place.seen(*p, axis=2) for p in pairs), strict=True)
+        return Codes(*buffers), tuple(Codes(*p) for p in zip(*parts, strict=True))
 
     def _write(self, buffer, new):
         if not isinstance(buffer, Codes):
             return write(buffer, new, self.place, axis=2)
-        parts = zip(buffer, quantize(new), strict=True)
-        written = [write(*part, self.place, axis=2) for part in parts]
-        return tuple(map(Codes, *written))
+        pairs = zip(buffer, new, strict=True)
+        return Codes(*(write(*pair, self.place, axis=2) for pair in pairs))
 
 
 class Step:
@@ -202,26 +245,27 @@ class Step:
         padding_mask: bool [B, T] or None. Rows may be padded on the left where the
             cache has nothing of them yet, and on the right all alike.
 
-    `layers` holds a `LayerCache` a layer, `seen` the positions [B, S] that go with the
-    keys they return, for each layer kind.
+    `layers` holds a `LayerCache` a layer, `seen` the positions [B, S] that go with each
+    part of the keys they return, for each layer kind.
     """
 
     def __init__(self, cache, layer_kinds, positions, padding_mask):
-        length, count = cache.length, positions.shape[1]
-        fresh = isinstance(length, int) and length == 0
-        if padding_mask is not None and count > 1 and not fresh:
+        length, tokens = cache.length, positions.shape[1]
+        first, count = isinstance(length, int) and length == 0, tokens
+        if padding_mask is not None and tokens > 1 and not first:
             count = ops.max(ops.sum(ops.cast(padding_mask, "int32"), axis=1))
         self.length = length + count
         slots = {kind: p.shape[1] for kind, p in cache.positions.items()}
-        places = {
-            kind: Place(length, count, slots[kind] < slots.get("G", math.inf))
-            for kind in sorted(slots)
-        }
-        self.positions, self.seen = {}, {}
-        for kind, place in places.items():
-            self.positions[kind], self.seen[kind] = write(
-                cache.positions[kind], positions, place, axis=1
-            )
+        places, self.positions, self.seen = {}, {}, {}
+        for kind in sorted(slots):
+            ring = slots[kind] < slots.get("G", math.inf)
+            # Only a ring would lose what the first of several tokens may still see.
+            apart = not first and (backend.NAME != "torch" or (ring and tokens > 1))
+            place = places[kind] = Place(length, count, first, ring, apart)
+            old, self.seen[kind] = place.seen(cache.positions[kind], positions, axis=1)
+            if apart:
+                old = write(old, positions, place, axis=1)
+            self.positions[kind] = old
         self.layers = [
             LayerCache(keys, values, places[kind])
             for keys, values, kind in zip(
@@ -237,31 +281,25 @@ class Step:
 
 
 def write(buffer, new, place, axis):
-    """Put `new` into the slots that follow, along `axis`.
+    """The buffer with `new` in the slots that follow, along `axis`.
 
-    Returns `(buffer, seen)`: the buffer for the next call, and the array that the
-    tokens of this call may attend to.
-
-    The first tokens of a cache see themselves. Others are written in place and see the
-    buffer; padding is overwritten by what comes next. Only a ring would lose what some
-    of several tokens may still see: they see the old slots and themselves.
+    In place, but for several tokens that go into a ring. Padding is overwritten by what
+    comes next.
     """
     tokens, slots = new.shape[axis], buffer.shape[axis]
     length = place.length
-    if isinstance(length, int) and length == 0 and tokens > 1:
-        return _write_first(buffer, new, axis), new
+    if place.first and tokens > 1:
+        return _write_first(buffer, new, axis)
     if tokens == 1 or not place.ring:
         start = length % slots if place.ring else length
-        buffer = backend.write_slots(buffer, new, start, axis)
-        return buffer, buffer
-    seen = ops.concatenate([buffer, new], axis=axis)
+        return backend.write_slots(buffer, new, start, axis)
     # The last token that lands in slot s is the largest index i with
     # (length + i) % slots == s; a negative i means that the slot keeps what it has.
     last = place.count - 1
     slot = ops.arange(slots, dtype="int32")
     index = last - (length + last - slot) % slots
     index = ops.where(index >= 0, slots + index, slot)
-    return ops.take(seen, index, axis=axis), seen
+    return ops.take(ops.concatenate([buffer, new], axis=axis), index, axis=axis)
 
 
 def _write_first(buffer, new, axis):

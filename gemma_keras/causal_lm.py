@@ -35,7 +35,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
         kv_cache_dtype: what `generate`, `stream` and chats keep of the tokens they have
             read: `"auto"`, keys and values in the compute dtype, or `"int8"`, codes of
             8 bits. It may be set at any time, for the prompts that are read next
-            (docs/generation.md).
+            (docs/kv_cache.md).
 
     Calling it on `{"token_ids": [B, T], "padding_mask": [B, T]}` gives logits
     [B, T, V]; `GemmaBackbone.call` lists the other inputs.

@@ -31,6 +31,8 @@ from gemma_keras import (
 from gemma_keras.cli_base import (
     BackendOption,
     Json,
+    KVCacheDtype,
+    KVCacheOption,
     Model,
     Source,
     app,
@@ -185,6 +187,7 @@ def generate(
     system: Annotated[
         str | None, option("Instruction before the user's turn; implies --chat.")
     ] = None,
+    kv_cache_dtype: KVCacheOption = KVCacheDtype.AUTO,
 ):
     """Print what comes after a text, as it is made."""
     guesses.check()
@@ -198,6 +201,7 @@ def generate(
     start_keras_on(model.backend)
     arguments = sampling.arguments()
     lm = model.load()
+    lm.kv_cache_dtype = kv_cache_dtype.value
     write(lm.stream(prompt, speculation=guesses.load(model), **arguments))
 
 
@@ -222,6 +226,7 @@ def chat(
     sampling: Sampling,
     guesses: Guesses,
     system: Annotated[str | None, option("Instruction for the whole chat.")] = None,
+    kv_cache_dtype: KVCacheOption = KVCacheDtype.AUTO,
 ):
     """Talk with an instruction-tuned Gemma; it remembers the turns before.
 
@@ -233,6 +238,7 @@ def chat(
     arguments = sampling.arguments()
     lm = model.load()
     arguments["speculation"] = guesses.load(model)
+    lm.kv_cache_dtype = kv_cache_dtype.value
     if sys.stdin.isatty():
         say("/reset forgets the chat, /exit ends it, a \\ at its end continues a line.")
     session = lm.start_chat(system=system)

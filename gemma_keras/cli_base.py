@@ -41,6 +41,13 @@ class Dtype(enum.StrEnum):
     FLOAT16 = "float16"
 
 
+class KVCacheDtype(enum.StrEnum):
+    """How keys and values of what was read are held."""
+
+    AUTO = "auto"
+    INT8 = "int8"
+
+
 Bits = enum.StrEnum("Bits", {mode.upper(): mode for mode in MODES})
 
 Source = Annotated[
@@ -75,6 +82,16 @@ AdapterOption = Annotated[
     str | None,
     option(
         "Adapter, as PEFT or `gemma-keras sft` writes it: its directory, or a handle."
+    ),
+]
+
+
+KVCacheOption = Annotated[
+    KVCacheDtype,
+    option(
+        "How to hold keys and values of long texts and chats: int8 takes a half of "
+        "bfloat16's memory, a quarter of float32's; as computed by default.",
+        "--kv-cache-dtype",
     ),
 ]
 

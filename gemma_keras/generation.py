@@ -84,9 +84,9 @@ def check_kv_cache_dtype(value):
 
 # Whether a program is compiled for shapes, and has to know them beforehand.
 STATIC = backend.NAME != "torch"
-# Where it is, prompts are read in chunks of two sizes, whatever their length: large ones
-# while more than half of one is left, then small ones. Where it is not, as they are, but
-# for long ones, whose scores of attention would take much memory.
+# Where it is, prompts are read in chunks of two sizes, whatever their length: large
+# ones while more than half of one is left, then small ones. Where it is not, as they
+# are, but for long ones, whose scores of attention would take much memory.
 LARGE_CHUNK, SMALL_CHUNK, LONG = 256, 64, 1024
 
 

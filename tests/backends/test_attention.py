@@ -8,6 +8,7 @@ from slopes import gradients, relative
 
 from gemma_keras import GemmaConfig, backend
 from gemma_keras.attention import attend, soft_cap, visible
+from gemma_keras.cache import Codes
 
 
 def config_of(cap=None):
@@ -164,3 +165,44 @@ def test_soft_caps_bend_and_absent_ones_do_not():
     expected = 30 * np.tanh(numpy(x) / 30)
     np.testing.assert_allclose(numpy(soft_cap(x, 30.0)), expected, rtol=1e-6)
     np.testing.assert_array_equal(numpy(soft_cap(x, None)), numpy(x))
+
+
+def in_codes(x):
+    """Codes and scales of a vector for each token and head, made in numpy."""
+    scales = (np.abs(x).max(-1, keepdims=True) / 127).astype("float32")
+    return np.rint(x / scales).astype("int8"), scales
+
+
+@pytest.mark.parametrize("cap", [None, 1.5], ids=["plain", "capped"])
+def test_attention_over_codes_is_that_over_the_numbers_they_stand_for(cap):
+    (query, *floats), mask = example()
+    pairs = [in_codes(x) for x in floats]
+    pairs[1][1][...] *= 1e-6  # weights times such scales are none in float16
+    key, value = (codes * scales.astype("float64") for codes, scales in pairs)
+    buffers = [Codes(*map(ops.convert_to_tensor, pair)) for pair in pairs]
+    seen = mask.any(-1)
+    for dtype, bound in (("float32", 2e-6), ("bfloat16", 8e-3), ("float16", 1e-3)):
+        tensor = ops.convert_to_tensor(query, dtype=dtype)
+        mixed = attend(tensor, *buffers, ops.convert_to_tensor(mask), config_of(cap))
+        assert keras.backend.standardize_dtype(mixed.dtype) == dtype
+        expected = formula(numpy(tensor), key, value, mask, cap).reshape(2, 3, -1)
+        error = np.abs(numpy(mixed) - expected)[seen].max()
+        # Nothing but the result is rounded on a CPU; its least step in float16 is 6e-8.
+        assert error <= bound * np.abs(expected).max() + 6e-8 * (dtype == "float16")
+
+
+def test_attention_over_codes_is_as_near_as_their_steps_allow():
+    (query, key, value), mask = example()
+    buffers = [Codes(*map(ops.convert_to_tensor, in_codes(x))) for x in (key, value)]
+    tensor = ops.convert_to_tensor(query.astype("float32"))
+    mixed = attend(tensor, *buffers, ops.convert_to_tensor(mask), config_of())
+    found = numpy(mixed).reshape(query.shape)
+    exact = formula(query, key, value, mask, None)
+    # Half a step of a key in every number moves a score by e at the most, and so a
+    # weight by a factor of exp(2 e) at the most, before and after normalisation.
+    steps = [np.abs(x).max((1, 2, 3)) / 127 for x in (key, value)]
+    for b, t, n in np.argwhere(mask.any(-1)[..., None] & np.ones(4, bool)):
+        e = np.abs(query[b, t, n]).sum() * 7.0**-0.5 * steps[0][b] / 2
+        moved = (np.exp(2 * e) - 1) * np.abs(value[b]).max()
+        error = np.abs(found[b, t, n] - exact[b, t, n]).max()
+        assert error <= moved + steps[1][b] / 2 + 1e-5

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import keras
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,13 +11,37 @@ from small_model import CONFIG
 
 from gemma_keras.cache import (
     EMPTY,
+    Codes,
     LayerCache,
     Step,
     cut_cache,
     grow_cache,
     make_cache,
+    quantize,
     take_back,
+    take_rows,
 )
+
+
+def look(layer, key, value):
+    """What tokens see of keys and of values, in one piece, once they are stored."""
+    parts = layer.seen(key, value)
+    layer.store(key)
+    return [
+        Codes(*map(joined, zip(*pieces, strict=True)))
+        if isinstance(pieces[0], Codes)
+        else joined(pieces)
+        for pieces in parts
+    ]
+
+
+def joined(pieces, axis=2):
+    return np.concatenate([ops.convert_to_numpy(x) for x in pieces], axis=axis)
+
+
+def positions_seen(step, kind):
+    return joined(step.seen[kind], axis=1)[0]
+
 
 # The sizes of successive calls, and how much padding follows all but the first.
 RUNS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=6)
@@ -43,8 +68,8 @@ def test_slots_hold_the_newest_tokens_and_queries_see_all_they_may(runs, window)
         for layer, kind in zip(step.layers, config.layer_kinds, strict=True):
             assert isinstance(layer, LayerCache)
             both = ops.convert_to_tensor(carried)
-            keys, values = layer.update(both, both)
-            seen = ops.convert_to_numpy(step.seen[kind])[0]
+            keys, values = look(layer, both, both)
+            seen = positions_seen(step, kind)
             for array in (keys, values):
                 array = ops.convert_to_numpy(array)[0, 0, :, 0]
                 np.testing.assert_array_equal(array[seen >= 0], seen[seen >= 0])
@@ -88,8 +113,8 @@ def written(cache, config, new):
     saw = {}
     for layer, kind in zip(step.layers, config.layer_kinds, strict=True):
         both = ops.convert_to_tensor(carried)
-        keys, _ = layer.update(both, both)
-        positions = ops.convert_to_numpy(step.seen[kind])[0]
+        keys, _ = look(layer, both, both)
+        positions = positions_seen(step, kind)
         held = ops.convert_to_numpy(keys)[0, 0, :, 0]
         np.testing.assert_array_equal(held[positions >= 0], positions[positions >= 0])
         saw[kind] = [p for p in positions.tolist() if p >= 0]
@@ -131,3 +156,74 @@ def test_a_ring_cannot_be_cut_once_it_has_let_go():
             cut = cut_cache(held, 3)
             assert (cut is not None) == cuts
             assert not cuts or int(cut.next_positions()[0, 0]) == 6
+
+
+def restored(codes):
+    assert isinstance(codes, Codes)
+    numbers, scales = (ops.convert_to_numpy(part) for part in codes)
+    assert (numbers.dtype, scales.dtype) == ("int8", "float32")
+    return numbers * scales.astype("float64")
+
+
+def test_codes_are_the_nearest_of_a_grid_for_each_token_and_head():
+    random = np.random.default_rng(3)
+    vectors = random.normal(size=(2, 3, 4, 10)) * 10.0 ** random.integers(-6, 6, (4, 1))
+    vectors[1, 2, 3] = 0
+    vectors = vectors.astype("float32")
+    codes = quantize(ops.convert_to_tensor(vectors))
+    found, steps = restored(codes), np.abs(vectors).max(-1, keepdims=True) / 127
+    np.testing.assert_allclose(ops.convert_to_numpy(codes.scales), steps, rtol=1e-6)
+    assert (np.abs(found - vectors) <= steps * (0.5 + 1e-4)).all()
+    assert not found[1, 2, 3].any()
+    # The ends of the grid are used, and 128 is not among them.
+    assert set(np.abs(ops.convert_to_numpy(codes.codes)).max(-1).flat) == {0, 127}
+
+
+def test_a_cache_of_codes_holds_the_codes_of_what_a_cache_of_floats_holds():
+    """Through first tokens, single ones, later runs, growth, and rows taken apart."""
+    random, seen = np.random.default_rng(4), 0
+    caches = {dtype: make_cache(CONFIG, 2, 24, dtype) for dtype in ("float32", "int8")}
+    for size in (5, 1, 4, 1):
+        shape = (2, CONFIG.num_kv_heads, size, CONFIG.head_dim)
+        pair = [
+            ops.convert_to_tensor(random.normal(size=shape).astype("float32"))
+            for _ in range(2)
+        ]
+        positions = np.tile(np.arange(seen, seen + size, dtype="int32"), (2, 1))
+        answers = []
+        for dtype, cache in caches.items():
+            tensor = ops.convert_to_tensor(positions)
+            step = Step(cache, CONFIG.layer_kinds, tensor, None)
+            answers.append([look(layer, *pair) for layer in step.layers])
+            caches[dtype] = step.finish()
+        for floats, codes in zip(*answers, strict=True):
+            for each, other in zip(floats, codes, strict=True):
+                np.testing.assert_array_equal(restored(quantize(each)), restored(other))
+        seen += size
+    assert seen > CONFIG.sliding_window
+    for dtype, cache in caches.items():
+        grown = grow_cache(cache, CONFIG, 32)
+        caches[dtype] = take_rows(grown, ops.convert_to_tensor([1, 1, 0]))
+    floats, codes = caches.values()
+    for each, other in ((floats.keys, codes.keys), (floats.values, codes.values)):
+        for one, same in zip(each, other, strict=True):
+            assert same.codes.shape[0] == 3
+            np.testing.assert_array_equal(restored(quantize(one)), restored(same))
+
+
+def test_codes_take_a_quarter_of_float32_and_half_of_bfloat16():
+    config = dataclasses.replace(CONFIG, head_dim=256)
+
+    def bytes_of(dtype):
+        arrays = keras.tree.flatten(
+            make_cache(config, 2, 100, dtype)._replace(length=())
+        )
+        kinds = [keras.backend.standardize_dtype(x.dtype) for x in arrays]
+        sizes = {"int8": 1, "bfloat16": 2, "int32": 4, "float32": 4}
+        return sum(
+            sizes[kind] * int(np.prod(x.shape))
+            for kind, x in zip(kinds, arrays, strict=True)
+        )
+
+    assert bytes_of("int8") <= 0.30 * bytes_of("float32")
+    assert bytes_of("int8") <= 0.55 * bytes_of("bfloat16")

@@ -9,6 +9,8 @@ from keras import ops
 
 import gemma_keras
 from gemma_keras import backend, generation, samplers
+from gemma_keras.cache import Codes
+from gemma_keras.chat import encode_chat
 
 PROMPT = "The cat"
 # No stop token, so that a random model says as much as it is asked to.
@@ -452,6 +454,87 @@ def test_a_ring_that_has_let_go_is_read_anew(lm):
         found = lm.generate(prompt, max_new_tokens=5, prompt_cache=cache, **FREE)
         assert found == lm.generate(prompt, max_new_tokens=5, **FREE)
         assert cache.reused == 0
+
+
+@pytest.fixture
+def lm_in_codes(lm, monkeypatch):
+    """The shared model, with keys and values in 8 bits while a test runs."""
+    monkeypatch.setattr(lm, "kv_cache_dtype", "int8")
+    return lm
+
+
+def assert_near_score(lm, prompt_ids, answer):
+    """Log-probabilities of another model, or of other rows, are off by whole nats."""
+    ids = np.array([[*prompt_ids, *answer.token_ids]])
+    scored = ops.convert_to_numpy(lm.score(ids, scoring_mode="log_probs"))
+    expected = scored[0, len(prompt_ids) - 1 : -1]
+    difference = np.abs(np.array(answer.log_probs) - expected)
+    assert difference.max() < 0.2
+    # Not the same number by number: codes were read.
+    assert difference.max() > 1e-5
+
+
+def test_beams_of_a_ragged_batch_over_keys_and_values_in_8_bits(lm_in_codes):
+    prompts = ["The cat", "A dog came by and asked"]
+    answers = lm_in_codes.generate(
+        prompts,
+        max_new_tokens=12,
+        sampler=samplers.BeamSampler(num_beams=3),
+        return_log_probs=True,
+        **FREE,
+    )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = lm_in_codes.preprocessor.encode_prompt(prompt)
+        assert_near_score(lm_in_codes, ids, answer)
+
+
+def test_a_chat_over_keys_and_values_in_8_bits(lm_in_codes):
+    chat = lm_in_codes.start_chat(max_new_tokens=12, **FREE)
+    chat.send("the moon")
+    reply = chat.send("the sea")
+    assert chat._cache.reused > lm_in_codes.config.sliding_window
+    kept = chat._cache._state.cache.keys
+    assert all(isinstance(keys, Codes) for keys in kept)
+    answer = lm_in_codes.generate(
+        [chat.history[:3]], max_new_tokens=12, return_log_probs=True, **FREE
+    )
+    assert reply == answer[0].text
+    ids = encode_chat(lm_in_codes.preprocessor.tokenizer, chat.history[:3])
+    assert_near_score(lm_in_codes, ids, answer[0])
+
+
+def test_a_switch_of_the_caches_dtype_reads_anew_and_compiles_once(lm, monkeypatch):
+    cache, found = gemma_keras.PromptCache(rings=True), {"auto": set(), "int8": set()}
+    counts = []
+    for dtype in ("auto", "int8", "auto", "int8"):
+        monkeypatch.setattr(lm, "kv_cache_dtype", dtype)
+        ids = ids_of(lm, prompt_cache=cache, max_new_tokens=12)
+        assert cache.reused == 0
+        found[dtype].add(tuple(ids))
+        counts.append(compiled(lm))
+    assert all(len(answers) == 1 for answers in found.values())
+    assert counts[1] == counts[2] == counts[3]
+
+
+@pytest.mark.parametrize("value", ["int4", "float8", None, 8])
+def test_other_dtypes_of_the_cache_are_refused(lm, value):
+    allowed = 'kv_cache_dtype must be "auto", .*, or "int8"'
+    with pytest.raises(ValueError, match=allowed):
+        lm.kv_cache_dtype = value
+    with pytest.raises(ValueError, match=allowed):
+        gemma_keras.GemmaCausalLM(lm.backbone, kv_cache_dtype=value)
+    # Before anything is looked for.
+    with pytest.raises(ValueError, match=allowed):
+        gemma_keras.GemmaCausalLM.from_preset("./nowhere", kv_cache_dtype=value)
+    assert lm.kv_cache_dtype == "auto"
+
+
+def test_the_caches_dtype_is_part_of_a_models_config(lm):
+    config = gemma_keras.GemmaCausalLM(lm.backbone, kv_cache_dtype="int8").get_config()
+    copy = gemma_keras.GemmaCausalLM.from_config(config)
+    assert copy.kv_cache_dtype == "int8"
+    del config["kv_cache_dtype"]
+    assert gemma_keras.GemmaCausalLM.from_config(config).kv_cache_dtype == "auto"
 
 
 def test_a_chat_whose_history_is_edited_reads_it_anew(lm):

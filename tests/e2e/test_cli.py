@@ -16,6 +16,7 @@ import typer.testing
 
 import gemma_keras
 from gemma_keras import backend_choice, cli, registry
+from gemma_keras.generation import Engine
 
 PRESET = "gemma_tiny_instruct_en"
 QUESTION = "What is the capital of France?"
@@ -94,6 +95,7 @@ def test_version():
         ("generate", PRESET, "a", "--prompt-lookup", "--draft", PRESET),
         ("generate", PRESET, "a", "--backend", "numpy"),
         ("generate", PRESET, "a", "--dtype", "int3"),
+        ("chat", PRESET, "--kv-cache-dtype", "int4"),
         ("demo", "--save-to", "."),
     ],
     ids=" ".join,
@@ -266,6 +268,23 @@ def test_generate_continues_a_text_from_stdin(lm):
     expected = lm.generate(text, max_new_tokens=8, strip_prompt=True)
     assert result.exit_code == 0
     assert result.stdout.removesuffix("\n") == expected.removesuffix("\n")
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_keys_and_values_are_kept_as_asked(command, random_preset, monkeypatch):
+    asked = []
+
+    def start(engine, *_):
+        asked.append(engine.kv_cache_dtype)
+        raise RuntimeError("asked enough")
+
+    monkeypatch.setattr(Engine, "start", start)
+    text = ["a"] if command == "generate" else []
+    options = ([], ["--kv-cache-dtype", "int8"])
+    for option in options:
+        result = invoke(command, random_preset, *text, *option, stdin="a\n")
+        assert "asked enough" in result.stderr
+    assert asked == ["auto", "int8"]
 
 
 def test_generate_repeats_itself_with_a_seed_only(random_preset):
