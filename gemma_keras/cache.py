@@ -251,7 +251,9 @@ class Step:
 
     def __init__(self, cache, layer_kinds, positions, padding_mask):
         length, tokens = cache.length, positions.shape[1]
-        first, count = isinstance(length, int) and length == 0, tokens
+        # One token alone goes the way of those that follow.
+        first = isinstance(length, int) and length == 0 and tokens > 1
+        count = tokens
         if padding_mask is not None and tokens > 1 and not first:
             count = ops.max(ops.sum(ops.cast(padding_mask, "int32"), axis=1))
         self.length = length + count
@@ -288,7 +290,7 @@ def write(buffer, new, place, axis):
     """
     tokens, slots = new.shape[axis], buffer.shape[axis]
     length = place.length
-    if place.first and tokens > 1:
+    if place.first:
         return _write_first(buffer, new, axis)
     if tokens == 1 or not place.ring:
         start = length % slots if place.ring else length
