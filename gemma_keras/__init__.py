@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "BucketedDataset": "packing",
     "ExampleEncoder": "encoding",
+    "DraftModel": "speculation",
     "GemmaBackbone": "backbone",
     "GemmaCausalLM": "causal_lm",
     "GemmaCausalLMPreprocessor": "preprocessor",
@@ -16,6 +17,7 @@ _MODULES = {
     "GemmaTokenizer": "tokenizer",
     "PackedDataset": "packing",
     "PromptCache": "generation",
+    "PromptLookup": "speculation",
     "Quantization": "quantization",
     "encode_examples": "encoding",
     "push": "hubs",

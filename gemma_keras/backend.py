@@ -384,14 +384,15 @@ def write_slots(buffer, new, start, axis):
     return ops.slice_update(buffer, starts, new)
 
 
-def read_slot(buffer, index, axis):
-    """The slice of size 1 of `buffer` at `index` along `axis`."""
+def read_slots(buffer, start, axis, size=1):
+    """The slice of `size` of `buffer` from `start` along `axis`."""
     if NAME == "torch":
-        if isinstance(index, torch.Tensor):
-            return buffer.index_select(axis, index.reshape(1))
-        return buffer.narrow(axis, int(index), 1)
+        if isinstance(start, torch.Tensor):
+            places = start + torch.arange(size, device=start.device)
+            return buffer.index_select(axis, places)
+        return buffer.narrow(axis, int(start), size)
     starts, sizes = [0] * len(buffer.shape), list(buffer.shape)
-    starts[axis], sizes[axis] = index, 1
+    starts[axis], sizes[axis] = start, size
     return ops.slice(buffer, starts, sizes)
 
 
@@ -475,7 +476,7 @@ def torch_device():
 
 def counter(value):
     """An integer that a loop counts up: a Python one on torch, an array elsewhere."""
-    return value if NAME == "torch" else ops.convert_to_tensor(value, dtype="int32")
+    return int(value) if NAME == "torch" else ops.convert_to_tensor(value, dtype="int32")
 
 
 def loop(condition, body, state):

@@ -4,8 +4,8 @@ Axes: B batch, S slots, K key/value heads, H head size, T tokens of this call.
 
 Slots fill in order, alike in every row, so a ragged batch is padded on the left. Next
 to each slot stands the position of its token in its row, or EMPTY, and the mask is
-made of positions alone. A sliding-window layer keeps a ring of at most its window: the
-token that falls out of the window gives its slot to the newest.
+made of positions alone. A sliding-window layer keeps a ring of its window, or a little
+more: the token that falls out of it gives its slot to the newest.
 """
 
 from typing import Any, NamedTuple
@@ -32,14 +32,14 @@ class Cache(NamedTuple):
         return newest + 1
 
 
-def make_cache(config, batch_size, capacity, dtype, rings=True):
+def make_cache(config, batch_size, capacity, dtype, spare=0):
     """An empty `Cache` for `capacity` tokens a row, pads included.
 
-    Without `rings`, sliding-window layers keep all tokens too, so that any number of
-    the newest can be taken back.
+    `spare` is how many slots sliding-window layers have beyond their window: so many of
+    the newest tokens can be taken back. With None they keep all tokens too.
     """
     shape = (batch_size, config.num_kv_heads, -1, config.head_dim)
-    slots = _slots(config, capacity, rings)
+    slots = _slots(config, capacity, spare)
     kinds = config.layer_kinds
 
     def buffers():
@@ -55,27 +55,33 @@ def make_cache(config, batch_size, capacity, dtype, rings=True):
     return Cache(buffers(), buffers(), positions, 0)
 
 
-def _slots(config, capacity, rings):
-    window = config.sliding_window if rings else None
-    return {"G": capacity, "L": min(capacity, window or capacity)}
+def _slots(config, capacity, spare):
+    window = config.sliding_window
+    ring = capacity if spare is None or not window else window + spare
+    return {"G": capacity, "L": min(capacity, ring)}
 
 
-def grow_cache(cache, config, capacity, rings=True):
-    """The same tokens with room for `capacity`; `rings` is as in `make_cache`.
+def grow_cache(cache, config, capacity, spare=0):
+    """The same tokens with room for `capacity`; `spare` is as in `make_cache`."""
+    slots = _slots(config, capacity, spare)
+    length = int(cache.length)
 
-    A ring smaller than its window has never wrapped, so it grows at its end too.
-    """
-    slots = _slots(config, capacity, rings)
-
-    def grow(array, axis, kind, value):
-        missing = slots[kind] - array.shape[axis]
-        widths = [(0, missing if i == axis else 0) for i in range(len(array.shape))]
-        return ops.pad(array, widths, constant_values=value) if missing > 0 else array
+    def grow(array, axis, kind, empty=None):
+        old, new = array.shape[axis], slots[kind]
+        if new <= old:
+            return array
+        # Which token is to lie in each slot, counted from the first of the row: the
+        # newest that belongs there, if there is one and the old slots hold it.
+        token = length - 1 - (length - 1 - np.arange(new)) % new
+        there = token >= max(0, length - old)
+        source = ops.convert_to_tensor(np.where(there, token % old, 0), dtype="int32")
+        array = ops.take(array, source, axis=axis)
+        return array if empty is None else ops.where(there, array, empty)
 
     kinds = config.layer_kinds
     return Cache(
-        tuple(grow(k, 2, kind, 0) for k, kind in zip(cache.keys, kinds, strict=True)),
-        tuple(grow(v, 2, kind, 0) for v, kind in zip(cache.values, kinds, strict=True)),
+        tuple(grow(k, 2, kind) for k, kind in zip(cache.keys, kinds, strict=True)),
+        tuple(grow(v, 2, kind) for v, kind in zip(cache.values, kinds, strict=True)),
         {kind: grow(p, 1, kind, EMPTY) for kind, p in cache.positions.items()},
         cache.length,
     )
@@ -86,16 +92,24 @@ def cut_cache(cache, dropped):
 
     None if a ring has wrapped: what these tokens have pushed out is gone.
     """
-    length = int(cache.length)
-    if any(p.shape[1] < length for p in cache.positions.values()):
+    firsts = [ops.any(positions == 0) for positions in cache.positions.values()]
+    if not all(bool(ops.convert_to_numpy(first)) for first in firsts):
         return None
+    return take_back(cache, dropped)
+
+
+def take_back(cache, dropped):
+    """The cache of one row without its `dropped` newest tokens, in a program.
+
+    No more than the `spare` of `make_cache`, counted from the most that there was.
+    """
 
     def cut(positions):
         end = ops.max(positions) - dropped
         return ops.where(positions <= end, positions, EMPTY)
 
     positions = {kind: cut(p) for kind, p in cache.positions.items()}
-    return cache._replace(positions=positions, length=backend.counter(length - dropped))
+    return cache._replace(positions=positions, length=cache.length - dropped)
 
 
 class LayerCache:

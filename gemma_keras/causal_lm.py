@@ -225,6 +225,11 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
         """The `GemmaConfig` of the backbone."""
         return self.backbone.config
 
+    @property
+    def engine(self):
+        """The `generation.Engine`, with the programs that were compiled."""
+        return self._engine
+
     def call(self, inputs, training=None):
         hidden = self.backbone(inputs, training=training)
         if self._gives_hidden:
@@ -261,6 +266,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
         seed=None,
         return_log_probs=False,
         prompt_cache=None,
+        speculation=None,
     ):
         """Continue prompts.
 
@@ -282,6 +288,10 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             prompt_cache: a `PromptCache`, which spares reading what a prompt has in
                 common with the last one that was given it. Several prompts are then
                 answered one after the other.
+            speculation: guess tokens and check several in one pass, for the same answer
+                sooner (docs/generation.md): `"prompt_lookup"` or a `PromptLookup`, or a
+                smaller `GemmaCausalLM` or a `DraftModel` of it. Several prompts are
+                then answered one after the other.
 
         Returns:
             The text of prompt and answer for a string, the reply for a chat, a list
@@ -297,6 +307,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             stop=stop,
             stop_token_ids=stop_token_ids,
             seed=seed,
+            speculation=speculation,
         )
         if prompt_cache is not None and isinstance(
             settings.sampler, samplers.BeamSampler
@@ -321,7 +332,8 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
         return results[0] if single else results
 
     def _settings(self, **options):
-        names = "sampler max_length max_new_tokens stop stop_token_ids seed".split()
+        names = "sampler max_length max_new_tokens stop stop_token_ids seed speculation"
+        names = names.split()
         unknown = sorted(set(options) - set(names))
         if unknown:
             raise TypeError(
@@ -373,7 +385,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             prompt: a string, or a list of messages.
             prompt_cache: as in `generate`.
             **options: `max_length`, `max_new_tokens`, `stop`, `stop_token_ids`,
-                `sampler` and `seed`, as in `generate`.
+                `sampler`, `seed` and `speculation`, as in `generate`.
 
         Returns:
             An iterator of pieces of text; together they are the answer.

@@ -38,9 +38,15 @@ class Plan(NamedTuple):
     controls: dict
     stop_ids: np.ndarray  # int32 [MAX_STOP_IDS], padded with -1
     limits: np.ndarray  # int32 [B]: most tokens that each row may get
+    ahead: int  # how many tokens are read on trial, and perhaps taken back
+
+    @property
+    def arrays(self):
+        """What of it goes into programs."""
+        return self.controls, self.stop_ids, self.limits
 
 
-def make_plan(sampler, limits, stop_token_ids, seed=None):
+def make_plan(sampler, limits, stop_token_ids, seed=None, ahead=0):
     """The `Plan` for a sampler, limits for each row, and ids that end an answer."""
     stop_token_ids = sorted({int(i) for i in stop_token_ids})
     if len(stop_token_ids) > MAX_STOP_IDS:
@@ -60,6 +66,7 @@ def make_plan(sampler, limits, stop_token_ids, seed=None):
         samplers.controls(sampler, seed),
         stop_ids,
         np.asarray(limits, "int32"),
+        ahead,
     )
 
 
@@ -158,7 +165,7 @@ class Engine:
     def start(self, prompts, plan, rings=True):
         """Read `prompts`, lists of token ids, and choose each row's first token.
 
-        `rings` is as in `make_cache`.
+        Without `rings` all of them can be taken back.
         """
         longest = max(len(prompt) for prompt in prompts)
         length = longest if backend.NAME == "torch" else bucket(longest)
@@ -167,9 +174,10 @@ class Engine:
         for row, prompt in enumerate(prompts):
             tokens[row, length - len(prompt) :] = prompt
             mask[row, length - len(prompt) :] = True
-        capacity = bucket(length + int(max(plan.limits)), 128)
-        program = self._program("prefill", plan.features, (capacity, rings))
-        return program(tokens, mask, *plan[1:])
+        capacity = bucket(length + int(max(plan.limits)) + plan.ahead, 128)
+        spare = plan.ahead if rings else None
+        program = self._program("prefill", plan.features, (capacity, spare))
+        return program(tokens, mask, *plan.arrays)
 
     def resume(self, state, prompt, plan, rings=True):
         """Read more of a conversation of one row into the cache that `state` holds."""
@@ -178,19 +186,24 @@ class Engine:
         tokens, mask = np.zeros((1, length), "int32"), np.zeros((1, length), bool)
         tokens[0, : len(prompt)] = prompt
         mask[0, : len(prompt)] = True
-        capacity = bucket(used + length + int(max(plan.limits)), 128)
+        capacity = bucket(used + length + int(max(plan.limits)) + plan.ahead, 128)
+        cache = kv_cache.grow_cache(
+            state.cache,
+            self.backbone.config,
+            max(capacity, state.tokens.shape[1]),
+            plan.ahead if rings else None,
+        )
+        state = state._replace(cache=cache)
         if capacity > state.tokens.shape[1]:
-            cache = kv_cache.grow_cache(
-                state.cache, self.backbone.config, capacity, rings
-            )
             blank = _blank(1, capacity)
-            state = state._replace(cache=cache, tokens=blank[0], log_probs=blank[1])
-        return self._program("extend", plan.features)(state, tokens, mask, *plan[1:])
+            state = state._replace(tokens=blank[0], log_probs=blank[1])
+        program = self._program("extend", plan.features)
+        return program(state, tokens, mask, *plan.arrays)
 
     def advance(self, state, plan, limit):
         """Decode until every row is done or has been given `limit` tokens."""
         limit = backend.counter(limit)
-        return self._program("decode", plan.features)(state, limit, *plan[1:])
+        return self._program("decode", plan.features)(state, limit, *plan.arrays)
 
     def beam_search(self, prompts, plan, sampler):
         """Continue each prompt by beam search.
@@ -204,7 +217,7 @@ class Engine:
         limit = backend.counter(int(max(plan.limits)))
         plan = plan._replace(limits=np.repeat(plan.limits, width))
         program = self._program("beams", plan.features, width)
-        state, scores = program(state, limit, *plan[1:])
+        state, scores = program(state, limit, *plan.arrays)
         scores = ops.convert_to_numpy(scores)
         lengths = ops.convert_to_numpy(state.emitted).reshape(scores.shape)
         ranks = np.argsort(
@@ -223,34 +236,59 @@ class Engine:
         """What tells one set of weights, adapters included, from another."""
         return self.backbone.adapters.state, backend.identities(self.backbone.variables)
 
-    def _program(self, kind, features, size=None):
+    def program(self, kind, features, size, function, donated=None):
+        """The `backend.Program` that is kept under these names; made if there is none.
+
+        Args:
+            kind: what it does.
+            features: `samplers.Features`.
+            size: what else it was made for, hashable.
+            function: what it is made of.
+            donated: as in `backend.Program`.
+        """
         variables = self.backbone.variables
         now = backend.identities(variables)
         if now != self._variables:
             # Adapters or quantisation gave the model other weights.
             self._variables = now
             self._programs.clear()
-        key = (kind, features, size, self.backbone.adapters.state)
+        return self._kept(
+            (kind, features, size),
+            lambda: backend.Program(function, variables, donated),
+        )
+
+    def step(self, kind, features, function):
+        """The `backend.Step` that is kept under these names, for use in a program."""
+        return self._kept(
+            (kind, features, None),
+            lambda: backend.Step(function, self.backbone.variables),
+        )
+
+    def _kept(self, key, make):
+        key = (*key, self.backbone.adapters.state)
         if key not in self._programs:
-            functions = {
-                "prefill": lambda *a: self._prefill(features, *size, *a),
-                "extend": lambda *a: self._extend(features, *a),
-                "decode": lambda *a: self._decode(features, *a),
-                "beams": lambda *a: self._beams(size, *a),
-            }
-            donated = 0 if kind in ("extend", "decode") else None
-            self._programs[key] = backend.Program(functions[kind], variables, donated)
+            self._programs[key] = make()
         return self._programs[key]
+
+    def _program(self, kind, features, size=None):
+        functions = {
+            "prefill": lambda *a: self._prefill(features, *size, *a),
+            "extend": lambda *a: self._extend(features, *a),
+            "decode": lambda *a: self.decode(features, *a),
+            "beams": lambda *a: self._beams(size, *a),
+        }
+        donated = 0 if kind in ("extend", "decode") else None
+        return self.program(kind, features, size, functions[kind], donated)
 
     # What follows is traced into programs.
 
     def _prefill(
-        self, features, capacity, rings, tokens, mask, controls, stop_ids, limits
+        self, features, capacity, spare, tokens, mask, controls, stop_ids, limits
     ):
         batch = tokens.shape[0]
         backbone = self.backbone
         cache = kv_cache.make_cache(
-            backbone.config, batch, capacity, backbone.compute_dtype, rings
+            backbone.config, batch, capacity, backbone.compute_dtype, spare
         )
         inputs = {"token_ids": tokens, "padding_mask": mask}
         hidden, cache = backbone(inputs, cache=cache)
@@ -258,7 +296,7 @@ class Engine:
         seen = ops.zeros((batch, 1), dtype="bool")
         if features.penalty:
             seen = ops.zeros((batch, backbone.config.vocab_size), dtype="bool")
-            seen = self._mark(seen, tokens, mask)
+            seen = self.mark(seen, tokens, mask)
         state = State(
             cache,
             *_blank(batch, capacity),
@@ -269,7 +307,7 @@ class Engine:
             count=backend.counter(0),
             last_hidden=hidden[:, -1],
         )
-        return self._emit(state, hidden[:, -1], features, controls, stop_ids, limits)
+        return self.emit(state, hidden[:, -1], features, controls, stop_ids, limits)
 
     def _extend(self, features, state, tokens, mask, controls, stop_ids, limits):
         inputs = {"token_ids": tokens, "padding_mask": mask}
@@ -281,7 +319,7 @@ class Engine:
         seen = state.seen
         if features.penalty:
             seen = ops.zeros((1, self.backbone.config.vocab_size), dtype="bool")
-            seen = self._mark(seen, tokens, mask)
+            seen = self.mark(seen, tokens, mask)
         state = state._replace(
             cache=cache,
             emitted=ops.zeros_like(state.emitted),
@@ -291,16 +329,18 @@ class Engine:
             count=backend.counter(0),
         )
         hidden = ops.take_along_axis(hidden, (last - 1)[:, None, None], axis=1)[:, 0]
-        return self._emit(state, hidden, features, controls, stop_ids, limits)
+        return self.emit(state, hidden, features, controls, stop_ids, limits)
 
-    def _decode(self, features, state, limit, *plan):
+    def decode(self, features, state, limit, *plan):
+        """The state when every row is done or has been given `limit` tokens."""
+
         def unfinished(state):
             return ops.logical_and(state.count < limit, ops.any(~state.done))
 
         traced = self._step(features)
 
         def step(state):
-            noise = self._noise(state, plan[0]) if features.random else ()
+            noise = self.noise(state, plan[0]) if features.random else ()
             new = traced(state, noise, *plan)
             # Counted here, since they are Python's integers on torch.
             cache = new.cache._replace(length=state.cache.length + 1)
@@ -313,38 +353,35 @@ class Engine:
 
         def step(state, noise, *plan):
             state, hidden = self._read_last(state)
-            return self._emit(state, hidden, features, *plan, noise=noise)
+            return self.emit(state, hidden, features, *plan, noise=noise)
 
-        key = ("step", features, None, self.backbone.adapters.state)
-        if key not in self._programs:
-            self._programs[key] = backend.Step(step, self.backbone.variables)
-        return self._programs[key]
+        return self.step("step", features, step)
 
-    def _noise(self, state, controls):
-        """Noise [B, V] for the token that is chosen next."""
+    def noise(self, state, controls, later=0):
+        """Noise [B, V] for the token that is chosen next, or so many later."""
         shape = (state.done.shape[0], self.backbone.config.vocab_size)
-        return backend.gumbel(controls["seed"], state.count, shape)
+        return backend.gumbel(controls["seed"], state.count + later, shape)
 
     def _read_last(self, state):
         """Feed each row its newest token: the state, and hidden states [B, D]."""
         position = state.position + 1
-        token = backend.read_slot(state.tokens, state.count - 1, axis=1)
+        token = backend.read_slots(state.tokens, state.count - 1, axis=1)
         hidden, cache = self.backbone(
             {"token_ids": token, "positions": position[:, None]}, cache=state.cache
         )
         return state._replace(cache=cache, position=position), hidden[:, 0]
 
-    def _emit(self, state, hidden, features, controls, stop_ids, limits, noise=None):
+    def emit(self, state, hidden, features, controls, stop_ids, limits, noise=None):
         """Choose the next token of each row from its last hidden state [B, D]."""
         logits = ops.cast(self.backbone.logits(hidden), "float32")
         if features.random and noise is None:
-            noise = self._noise(state, controls)
+            noise = self.noise(state, controls)
         token = samplers.choose(logits, controls, features, state.seen, noise)
         chosen = ops.take_along_axis(logits, token[:, None], axis=1)[:, 0]
         log_prob = chosen - ops.logsumexp(logits, axis=-1)
         if features.penalty:
             fresh = ops.logical_not(state.done)[:, None]
-            seen = self._mark(state.seen, token[:, None], fresh)
+            seen = self.mark(state.seen, token[:, None], fresh)
             state = state._replace(seen=seen)
         state = self._append(state, token, log_prob, stop_ids, limits)
         return state._replace(last_hidden=hidden)
@@ -411,7 +448,7 @@ class Engine:
         state = self._append(_take_rows(state, rows), token, log_prob, stop_ids, limits)
         return state, scores
 
-    def _mark(self, seen, tokens, mask):
+    def mark(self, seen, tokens, mask):
         """`seen` [B, V] with `tokens` [B, T] marked where `mask` is true."""
         rows = ops.arange(tokens.shape[0], dtype="int32")[:, None]
         rows = ops.broadcast_to(rows, tokens.shape)

@@ -5,7 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 
-from gemma_keras import chat, generation, samplers
+from gemma_keras import chat, generation, samplers, speculation
 
 # Between two looks for a stop string; what is decoded past it is thrown away.
 TOKENS_BETWEEN_CHECKS = 8
@@ -37,6 +37,20 @@ class Settings:
     stop: tuple
     stop_token_ids: tuple
     seed: int | None
+    speculation: speculation.Speculation | None
+
+    def plan(self, limits):
+        """The `Plan` for prompts with these limits."""
+        ahead = self.speculation.num_tokens if self.speculation else 0
+        return generation.make_plan(
+            self.sampler, limits, self.stop_token_ids, self.seed, ahead
+        )
+
+    def decoder(self, engine, prompt, plan):
+        """What has `Engine.advance` for one prompt, a list of ids."""
+        if self.speculation is None:
+            return engine
+        return speculation.SpeculativeDecoder(engine, self.speculation, prompt, plan)
 
     def limit(self, prompt_length):
         """How many tokens may follow a prompt of this many."""
@@ -52,9 +66,12 @@ class Settings:
 
 
 def read_settings(
-    lm, sampler, max_length, max_new_tokens, stop, stop_token_ids, seed
+    lm, max_length, max_new_tokens, stop, stop_token_ids, **choice
 ) -> Settings:
-    """`Settings` from the arguments of `GemmaCausalLM.generate`; raises ValueError."""
+    """`Settings` from the arguments of `GemmaCausalLM.generate`; raises ValueError.
+
+    `choice` has `sampler`, `seed` and `speculation`.
+    """
     for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, int) or value < 1
@@ -81,31 +98,43 @@ def read_settings(
             'stop_token_ids must be "auto", an id or a list of ids, got '
             f"{stop_token_ids!r}."
         ) from None
+    sampler = choice["sampler"]
     sampler = lm.sampler if sampler is None else samplers.get(sampler)
-    return Settings(sampler, max_length, max_new_tokens, stop, stop_token_ids, seed)
+    guesses = speculation.get(choice["speculation"], lm)
+    if guesses is not None and isinstance(sampler, samplers.BeamSampler):
+        raise ValueError("Beam search takes no speculation; use another sampler.")
+    return Settings(
+        sampler,
+        max_length,
+        max_new_tokens,
+        stop,
+        stop_token_ids,
+        choice["seed"],
+        guesses,
+    )
 
 
 def generate_ids(engine, prompts, settings, text_of=None, prompt_cache=None):
     """New token ids and their log-probabilities for each of `prompts`.
+
+    With a `PromptCache` or speculation prompts are answered one after the other.
 
     Args:
         engine: an `Engine`.
         prompts: lists of token ids.
         settings: `Settings`.
         text_of: function from ids to text; needed for stop strings.
-        prompt_cache: a `PromptCache`; prompts are then answered one after the other.
+        prompt_cache: a `PromptCache`, or None.
 
     Returns:
         One `(ids, log_probs)` for each prompt, lists of the same length.
     """
-    if prompt_cache is not None and len(prompts) > 1:
+    alone = prompt_cache is not None or settings.speculation is not None
+    if alone and len(prompts) > 1:
         each = ([prompt] for prompt in prompts)
         found = (generate_ids(engine, p, settings, text_of, prompt_cache) for p in each)
         return [answer for (answer,) in found]
-    limits = [settings.limit(len(prompt)) for prompt in prompts]
-    plan = generation.make_plan(
-        settings.sampler, limits, settings.stop_token_ids, settings.seed
-    )
+    plan = settings.plan([settings.limit(len(prompt)) for prompt in prompts])
     if isinstance(settings.sampler, samplers.BeamSampler):
         state, _ = engine.beam_search(prompts, plan, settings.sampler)
         return _rows(state)[:: settings.sampler.num_beams]
@@ -113,21 +142,22 @@ def generate_ids(engine, prompts, settings, text_of=None, prompt_cache=None):
         state = engine.start(prompts, plan)
     else:
         state = prompt_cache.start(engine, prompts[0], plan)
-    state, answers = _answers(engine, state, plan, settings, text_of)
+    decoder = settings.decoder(engine, prompts[0], plan)
+    state, answers = _answers(decoder, state, plan, settings, text_of)
     if prompt_cache is not None:
         prompt_cache.keep(engine, prompts[0], state)
     return answers
 
 
-def _answers(engine, state, plan, settings, text_of):
+def _answers(decoder, state, plan, settings, text_of):
     """The state after decoding, and what `generate_ids` returns."""
     most = int(max(plan.limits))
     if not settings.stop:
-        state = engine.advance(state, plan, most)
+        state = decoder.advance(state, plan, most)
         return state, _rows(state)
     cuts = [None] * len(plan.limits)
     for limit in range(1, most + TOKENS_BETWEEN_CHECKS, TOKENS_BETWEEN_CHECKS):
-        state = engine.advance(state, plan, min(limit, most))
+        state = decoder.advance(state, plan, min(limit, most))
         rows = _rows(state)
         for i, (ids, _) in enumerate(rows):
             if cuts[i] is None:
@@ -224,44 +254,38 @@ class TextGenerator:
                 "Use generate, or another sampler."
             )
         ids = self.encode(prompt, settings)
-        plan = generation.make_plan(
-            settings.sampler,
-            [settings.limit(len(ids))],
-            settings.stop_token_ids,
-            settings.seed,
-        )
+        plan = settings.plan([settings.limit(len(ids))])
         # Not a generator itself, so that bad input is refused at once.
         if prompt_cache is None:
-            return self.pieces(self.engine.start([ids], plan), plan, settings)
+            state = self.engine.start([ids], plan)
+            return self.pieces(ids, state, plan, settings)
         state = prompt_cache.start(self.engine, ids, plan)
         return self.pieces(
-            state, plan, settings, lambda s: prompt_cache.keep(self.engine, ids, s)
+            ids, state, plan, settings, lambda s: prompt_cache.keep(self.engine, ids, s)
         )
 
-    def pieces(self, state, plan, settings, on_finish=None):
+    def pieces(self, prompt, state, plan, settings, on_finish=None):
         """Text of the tokens of `state`, and of those still to be decoded.
 
         `on_finish(state)` is called at the end, also of an abandoned stream.
         """
-        decoder = self.tokenizer.decode_stream()
+        decoder = settings.decoder(self.engine, prompt, plan)
+        characters = self.tokenizer.decode_stream()
         held = HeldText(settings.stop)
-        ids, limit = [], 1
+        told = 0
         try:
             while not held.stopped:
-                emitted = keras.ops.convert_to_numpy(state.emitted)[0]
-                if emitted > len(ids):
-                    tokens = keras.ops.convert_to_numpy(state.tokens)
-                    token = int(tokens[0, emitted - 1])
-                    ids.append(token)
-                    if token not in settings.stop_token_ids:
-                        text = held.push(decoder.push(token))
-                        if text:
-                            yield text
+                emitted = int(keras.ops.convert_to_numpy(state.emitted)[0])
+                tokens = keras.ops.convert_to_numpy(state.tokens)[0, told:emitted]
+                told = emitted
+                kept = [i for i in tokens.tolist() if i not in settings.stop_token_ids]
+                text = "".join([held.push(characters.push(i)) for i in kept])
+                if text:
+                    yield text
                 if keras.ops.convert_to_numpy(state.done)[0] or held.stopped:
                     break
-                limit += 1
-                state = self.engine.advance(state, plan, limit)
-            text = held.push(decoder.flush()) + held.flush()
+                state = decoder.advance(state, plan, emitted + 1)
+            text = held.push(characters.flush()) + held.flush()
             if text:
                 yield text
         finally:
@@ -345,12 +369,7 @@ class ChatSession:
                 f"The conversation has {len(ids)} tokens and at most {room - 1} leave "
                 "room for a reply. Raise max_length, shorten history, or call reset()."
             )
-        plan = generation.make_plan(
-            settings.sampler,
-            [min(settings.limit(len(ids)), longest - len(ids))],
-            settings.stop_token_ids,
-            settings.seed,
-        )
+        plan = settings.plan([min(settings.limit(len(ids)), longest - len(ids))])
         state = self._cache.start(self._generator.engine, ids, plan)
         return self._pieces(state, plan, settings, ids, messages)
 
@@ -362,6 +381,6 @@ class ChatSession:
             message = {"role": "assistant", "content": "".join(reply)}
             self.history = [*messages, message]
 
-        for text in self._generator.pieces(state, plan, settings, remember):
+        for text in self._generator.pieces(ids, state, plan, settings, remember):
             reply.append(text)
             yield text
