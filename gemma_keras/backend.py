@@ -391,6 +391,9 @@ def read_slots(buffer, start, axis, size=1):
             places = start + torch.arange(size, device=start.device)
             return buffer.index_select(axis, places)
         return buffer.narrow(axis, int(start), size)
+    if NAME == "tensorflow":
+        # To XLA the start of a slice is a constant: it would compile for every one.
+        return tf.gather(buffer, start + tf.range(size), axis=axis)
     starts, sizes = [0] * len(buffer.shape), list(buffer.shape)
     starts[axis], sizes[axis] = start, size
     return ops.slice(buffer, starts, sizes)

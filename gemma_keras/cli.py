@@ -103,6 +103,49 @@ class Sampling:
         }
 
 
+@dataclasses.dataclass
+class Guesses:
+    """The options that have tokens guessed, and several checked at a time."""
+
+    prompt_lookup: Annotated[
+        bool,
+        option(
+            "Guess that text repeats itself: the same answer, sooner where it does.",
+            "--prompt-lookup",
+        ),
+    ] = False
+    draft: Annotated[
+        str | None,
+        option(
+            "Smaller Gemma with the same vocabulary that guesses, as SOURCE: the same "
+            "answer, sooner where it agrees.",
+        ),
+    ] = None
+    draft_tokens: Annotated[
+        int | None,
+        option("Guess this many at a time; 7, or 4 by a --draft, by default.", min=1),
+    ] = None
+
+    def check(self):
+        """Ends with a wrong command line if the options do not go together."""
+        if self.prompt_lookup and self.draft is not None:
+            raise typer.BadParameter("--prompt-lookup or --draft, not both.")
+        if self.draft_tokens and not (self.prompt_lookup or self.draft):
+            raise typer.BadParameter("--draft-tokens needs --prompt-lookup or --draft.")
+
+    def load(self, model):
+        """What `generate` takes as `speculation`; loads the draft beside `model`."""
+        from gemma_keras import DraftModel, PromptLookup
+
+        count = {"num_tokens": self.draft_tokens} if self.draft_tokens else {}
+        if self.prompt_lookup:
+            return PromptLookup(**count)
+        if self.draft is None:
+            return None
+        draft = dataclasses.replace(model, source=self.draft, adapter=None)
+        return DraftModel(draft.load(), **count)
+
+
 def show_version(wanted: bool):
     """Prints the version and ends, if that was asked for."""
     if wanted:
@@ -124,11 +167,14 @@ def options(
     "gemma-keras generate gemma_tiny_en 'Once upon a time' --max-new-tokens 40\n"
     "gemma-keras generate gemma_tiny_instruct_en 'What is the capital of France?' "
     "--chat\n"
-    "cat prompt.txt | gemma-keras generate ./my_model --temperature 0.7 --seed 1"
+    "cat prompt.txt | gemma-keras generate ./my_model --temperature 0.7 --seed 1\n"
+    "gemma-keras generate gemma3_instruct_1b --chat --draft gemma3_instruct_270m "
+    "Hello"
 )
 def generate(
     model: Model,
     sampling: Sampling,
+    guesses: Guesses,
     prompt: Annotated[
         str | None,
         typer.Argument(metavar="PROMPT", help="Text; stdin if absent or -."),
@@ -141,6 +187,7 @@ def generate(
     ] = None,
 ):
     """Print what comes after a text, as it is made."""
+    guesses.check()
     if prompt in (None, "-"):
         if sys.stdin.isatty():
             raise typer.BadParameter("give a PROMPT, or pipe one to stdin.")
@@ -150,7 +197,8 @@ def generate(
         prompt = [*turns, {"role": "user", "content": prompt}]
     start_keras_on(model.backend)
     arguments = sampling.arguments()
-    write(model.load().stream(prompt, **arguments))
+    lm = model.load()
+    write(lm.stream(prompt, speculation=guesses.load(model), **arguments))
 
 
 def write(pieces):
@@ -172,6 +220,7 @@ def write(pieces):
 def chat(
     model: Model,
     sampling: Sampling,
+    guesses: Guesses,
     system: Annotated[str | None, option("Instruction for the whole chat.")] = None,
 ):
     """Talk with an instruction-tuned Gemma; it remembers the turns before.
@@ -179,9 +228,11 @@ def chat(
     A line is a turn; a backslash at its end continues it in the next line. /reset
     forgets the chat, /exit or Ctrl-D ends it. Turns may also be piped to stdin.
     """
+    guesses.check()
     start_keras_on(model.backend)
     arguments = sampling.arguments()
     lm = model.load()
+    arguments["speculation"] = guesses.load(model)
     if sys.stdin.isatty():
         say("/reset forgets the chat, /exit ends it, a \\ at its end continues a line.")
     session = lm.start_chat(system=system)
