@@ -66,18 +66,14 @@ def test_greedy_answers_are_those_of_the_plain_path(lm, lookup):
 
 
 def test_sampled_answers_are_those_of_their_seed(lm, lookup):
-    options = {"sampler": samplers.RandomSampler(temperature=0.4), "seed": 3}
+    """With a penalty, which counts what was guessed before as said."""
+    sampler = samplers.RandomSampler(temperature=0.2, repetition_penalty=1.05)
+    options = {"sampler": sampler, "seed": 3}
     check(answers(lm, speculation=lookup, **options), answers(lm, **options))
     assert 0 < lookup.accepted < lookup.drafted
 
 
-def test_a_repetition_penalty_counts_what_was_guessed_before(lm, lookup):
-    sampler = samplers.Sampler(temperature=0.0, repetition_penalty=1.1)
-    found = answers(lm, PROMPTS[:2], speculation=lookup, sampler=sampler)
-    check(found, answers(lm, PROMPTS[:2], sampler=sampler))
-    assert 0 < lookup.accepted < lookup.drafted
-
-
+@DEAR
 def test_a_draft_that_agrees_is_always_right(lm):
     """The model as its own draft, with noise: both draw the same at every place."""
     draft = gemma_keras.DraftModel(lm, num_tokens=7)
@@ -91,10 +87,11 @@ def test_a_draft_that_agrees_is_always_right(lm):
 def test_a_draft_that_differs_only_costs_time(lm, new_lm):
     other = new_lm()
     kernel = other.backbone.blocks[1].ffw_linear.kernel
-    kernel.assign(0.7 * kernel)
+    kernel.assign(0.9 * kernel)
     draft = gemma_keras.DraftModel(other, num_tokens=7)
     check(answers(lm, speculation=draft), answers(lm))
-    assert 0 < draft.accepted < draft.drafted
+    # It knows where it stands after guesses that were wrong.
+    assert draft.drafted / 3 < draft.accepted < draft.drafted
 
 
 def test_answers_end_within_a_run_of_right_guesses(lm, lookup):
@@ -128,13 +125,12 @@ def test_a_stream_gives_what_a_pass_gives(lm, lookup):
 
 def test_a_chat_may_begin_to_guess(lm, lookup):
     """Its rings have wrapped by then, and get the slots that guesses need."""
-    chat = lm.start_chat(max_new_tokens=24, stop_token_ids=())
+    chat = lm.start_chat(max_new_tokens=8, stop_token_ids=())
     chat.send("the moon")
-    for message in ("the sea", "the sea"):
-        reply = chat.send(message, speculation=lookup)
-        plain = lm.generate(chat.history[:-1], max_new_tokens=24, stop_token_ids=())
-        assert reply == plain
-    assert lookup.accepted > 0
+    reply = chat.send("the moon", speculation=lookup, max_new_tokens=20)
+    options = {"max_new_tokens": 20, "stop_token_ids": ()}
+    assert reply == lm.generate(chat.history[:-1], **options)
+    assert lookup.passes > 0
 
 
 @DEAR

@@ -90,6 +90,8 @@ def test_version():
         ("generate", PRESET, "a", "--seed", "-1"),
         ("generate", PRESET, "a", "--temperature", "-1"),
         ("generate", PRESET, "a", "--max-new-tokens", "0"),
+        ("generate", PRESET, "a", "--draft-tokens", "3"),
+        ("generate", PRESET, "a", "--prompt-lookup", "--draft", PRESET),
         ("generate", PRESET, "a", "--backend", "numpy"),
         ("generate", PRESET, "a", "--dtype", "int3"),
         ("demo", "--save-to", "."),
@@ -281,6 +283,15 @@ def test_generate_stops_before_a_stop_string(lm):
     word = whole.split()[2]
     result = invoke("generate", PRESET, QUESTION, "--chat", "--stop", word)
     assert result.stdout.removesuffix("\n") == whole[: whole.index(word)]
+
+
+def test_guesses_change_no_answer(lm):
+    text = "Once upon a time, once upon a time, once"
+    expected = lm.generate(text, max_new_tokens=8, strip_prompt=True)
+    for options in (["--prompt-lookup", "--draft-tokens", "3"], ["--draft", PRESET]):
+        result = invoke("generate", PRESET, text, "--max-new-tokens", "8", *options)
+        assert result.exit_code == 0
+        assert result.stdout.removesuffix("\n") == expected.removesuffix("\n")
 
 
 @pytest.mark.any_backend
