@@ -114,8 +114,8 @@ class DraftModel(Speculation):
             found = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
             raise ValueError(
                 "A draft model must have the vocabulary of the model whose tokens it "
-                f"guesses, and these differ (tokens: {found}). Take a draft of the same "
-                "Gemma generation."
+                f"guesses, and these differ (tokens: {found}). Take a draft of the "
+                "same Gemma generation."
             )
 
     def begin(self, prompt, plan):
