@@ -10,6 +10,7 @@ and its function for one matrix is not public.
 """
 
 import dataclasses
+import functools
 import os
 import warnings
 from typing import Any
@@ -127,18 +128,18 @@ class Calibration:
         if len(rows) > self.num_samples:
             spread = np.linspace(0, len(rows) - 1, self.num_samples).round()
             rows = [rows[i] for i in spread.astype(int)]
+        rows = [[pieces[i] for i in row] for row in rows]
         count = min(_BATCH, len(rows))
         return [
-            _batch([[pieces[i] for i in row] for row in rows[i : i + count]], count, size)
-            for i in range(0, len(rows), count)
+            _batch(rows[start : start + count], count, size)
+            for start in range(0, len(rows), count)
         ]
 
 
 def _token_ids(source, preprocessor):
     """Lists of ids, one for each text, pair or chat."""
-    if isinstance(source, list | tuple) and source:
-        if all(map(_is_ids, source)):
-            return [np.asarray(ids).reshape(-1).tolist() for ids in source]
+    if isinstance(source, list | tuple) and source and all(map(_is_ids, source)):
+        return [np.asarray(ids).reshape(-1).tolist() for ids in source]
     if preprocessor is None:
         raise ValueError(
             "This model has no preprocessor, so it reads no text: calibrate with a "
@@ -208,8 +209,19 @@ def quantise(backbone, quantization, calibration, preprocessor=None, progress=No
     batches = calibration.batches(preprocessor, backbone.config.max_position)
     _check_weights(backbone, chosen)
     _warn_of_few(batches, backbone.config)
-    with backend.no_gradient():
-        _walk(backbone, chosen, batches, calibration.damping, progress)
+    embedding = backbone.token_embedding
+    if embedding.path in chosen:
+        embedding.pack(chosen[embedding.path])
+    walk = _Walk(backbone, chosen, batches, calibration.damping)
+    kinds, blocks = backbone.config.layer_kinds, backbone.blocks
+    for done, (block, kind) in enumerate(zip(blocks, kinds, strict=True), 1):
+        rounded = walk.round_block(block, kind)
+        if done < len(blocks):
+            walk.pass_on(block, kind)
+        for layer, arrays in rounded:
+            layer.pack(chosen[layer.path], arrays)
+        if progress is not None:
+            progress(done, len(blocks))
 
 
 def _check_weights(backbone, chosen):
@@ -229,93 +241,101 @@ def _warn_of_few(batches, config):
         )
 
 
-class _Run:
-    """A batch on its way: what it is before the next block, and what blocks ask for.
+class _Walk:
+    """Texts on their way through a backbone whose blocks are rounded one by one.
 
     Attributes:
-        x: the residual stream [B, T, D].
-        tables: rotary tables by kind of layer.
-        masks: attention masks by kind of layer.
-        counts: float32 [B * T, 1], 1 where there is a token.
+        runs: for each batch the residual stream [B, T, D] before the next block, rotary
+            tables and masks by kind of layer, and where there are tokens, float32
+            [B * T, 1].
     """
 
-    def __init__(self, backbone, inputs):
-        inputs = {name: ops.convert_to_tensor(x) for name, x in inputs.items()}
-        self.x = backbone.embed(inputs)
-        self.tables, self.masks = backbone.surroundings(inputs, self.x.shape[1])
-        self.counts = ops.cast(ops.reshape(inputs["padding_mask"], (-1, 1)), "float32")
+    def __init__(self, backbone, chosen, batches, damping):
+        self.chosen, self.damping = chosen, damping
+        self._through = backend.LayerProgram(_through)
+        self._moments = {}
+        begin = backend.LayerProgram(_begin)
+        self.runs = [list(begin(backbone, inputs)) for inputs in batches]
 
-    def through(self, block, kind):
-        """The residual stream after a block."""
-        return block.call(self.x, self.tables[kind], self.masks[kind])
+    def pass_on(self, block, kind):
+        """Have all texts go through a block."""
+        for run in self.runs:
+            x, tables, masks, _ = run
+            run[0] = self._through(block, x, tables[kind], masks[kind])
 
+    def round_block(self, block, kind):
+        """Pairs of a layer and its arrays.
 
-def _walk(backbone, chosen, batches, damping, progress):
-    """Round block after block."""
-    embedding = backbone.token_embedding
-    if embedding.path in chosen:
-        embedding.pack(chosen[embedding.path])
-    runs = [_Run(backbone, inputs) for inputs in batches]
-    kinds, blocks = backbone.config.layer_kinds, backbone.blocks
-    for done, (block, kind) in enumerate(zip(blocks, kinds, strict=True), 1):
-        rounded = _round_block(block, kind, chosen, runs, damping)
-        if done < len(blocks):
-            for run in runs:
-                run.x = run.through(block, kind)
-        for layer, arrays in rounded:
-            layer.pack(chosen[layer.path], arrays)
-        if progress is not None:
-            progress(done, len(blocks))
+        The layers hold what these restore, in floats: products are quicker than of
+        codes, which are restored each time.
+        """
+        stages = {}
+        for number, stage in enumerate(block.projections):
+            layers = [layer for layer in stage if layer.path in self.chosen]
+            if layers:
+                stages[number] = layers
+        moments, rounded = self._moments_of(block, kind, tuple(stages)), []
+        for layers, of_inputs in zip(stages.values(), moments, strict=True):
+            if not np.isfinite(of_inputs).all():
+                raise ValueError(
+                    f"{layers[0].path}: its inputs are NaN or infinite. The model is "
+                    "half quantised now: load it again, in another dtype."
+                )
+            rounded += [(layer, self._round(layer, of_inputs)) for layer in layers]
+        return rounded
 
+    def _round(self, layer, moments):
+        packing = self.chosen[layer.path]
+        matrix = backend.to_numpy(layer.weight).T
+        if packing.bits == 4:
+            size = packing.group_size
+            arrays = round_to_outputs(matrix, moments, size, self.damping)
+        else:
+            arrays = pack(matrix, packing)
+        layer.weight.assign(unpack(arrays, packing).T)
+        return arrays
 
-def _round_block(block, kind, chosen, runs, damping):
-    """Pairs of a layer and its arrays; the layers hold what these restore, in floats.
-
-    In floats products are quicker than of codes, which are restored each time.
-    """
-    stages = []
-    for stage in block.projections:
-        layers = [layer for layer in stage if layer.path in chosen]
-        if layers:
-            stages.append(layers)
-    moments, rounded = _moments(block, kind, [stage[0] for stage in stages], runs), []
-    for layers, of_inputs in zip(stages, moments, strict=True):
-        if not np.isfinite(of_inputs).all():
-            raise ValueError(
-                f"{layers[0].path}: its inputs are NaN or infinite. The model is half "
-                "quantised now: load it again, in another dtype."
+    def _moments_of(self, block, kind, stages):
+        """X^T X of the inputs X [tokens, in] of each of some stages, in numpy."""
+        if stages not in self._moments:
+            add = functools.partial(_add_moments, stages)
+            self._moments[stages] = backend.LayerProgram(add)
+        sizes = [block.projections[number][0].columns for number in stages]
+        totals = [np.zeros((size, size), "float32") for size in sizes]
+        for x, tables, masks, counts in self.runs if stages else ():
+            totals = self._moments[stages](
+                block, totals, x, tables[kind], masks[kind], counts
             )
-        for layer in layers:
-            packing = chosen[layer.path]
-            matrix = backend.to_numpy(layer.weight).T
-            if packing.bits == 4:
-                size = packing.group_size
-                arrays = round_to_outputs(matrix, of_inputs, size, damping)
-            else:
-                arrays = pack(matrix, packing)
-            layer.weight.assign(unpack(arrays, packing).T)
-            rounded.append((layer, arrays))
-    return rounded
+        return [backend.to_numpy(total) for total in totals]
 
 
-def _moments(block, kind, layers, runs):
-    """X^T X of the inputs X [tokens, in] of each of some projections, in numpy."""
-    totals = [0.0] * len(layers)
+def _begin(backbone, inputs):
+    inputs = {name: ops.convert_to_tensor(x) for name, x in inputs.items()}
+    x = backbone.embed(inputs)
+    tables, masks = backbone.surroundings(inputs, x.shape[1])
+    counts = ops.cast(ops.reshape(inputs["padding_mask"], (-1, 1)), "float32")
+    return x, tables, masks, counts
 
-    def watch(number, counts):
-        def add(inputs):
-            rows = ops.reshape(ops.cast(inputs, "float32"), (-1, inputs.shape[-1]))
-            rows = rows * counts
-            totals[number] += ops.matmul(ops.transpose(rows), rows)
 
-        return add
+def _through(block, x, table, mask):
+    return block.call(x, table, mask)
+
+
+def _add_moments(stages, block, totals, x, table, mask, counts):
+    """`totals` with the moments of a batch added to them."""
+    totals = [ops.convert_to_tensor(total) for total in totals]
+    layers = [block.projections[number][0] for number in stages]
+
+    def add(number, inputs):
+        rows = ops.reshape(ops.cast(inputs, "float32"), (-1, inputs.shape[-1]))
+        rows = rows * counts
+        totals[number] = totals[number] + ops.matmul(ops.transpose(rows), rows)
 
     try:
-        for run in runs:
-            for number, layer in enumerate(layers):
-                layer.watch = watch(number, run.counts)
-            run.through(block, kind)
+        for number, layer in enumerate(layers):
+            layer.watch = functools.partial(add, number)
+        block.call(x, table, mask)
     finally:
         for layer in layers:
             layer.watch = None
-    return [backend.to_numpy(total) for total in totals]
+    return totals

@@ -95,8 +95,8 @@ def convert(
     """Write a model in another format, for other programs.
 
     Weights are moved one at a time, so that memory holds no model, unless one is
-    calibrated; an adapter is merged into them on the way. A model card, the notice that Google's terms ask for, and a
-    provenance.json go along.
+    calibrated; an adapter is merged into them on the way. A model card, the notice that
+    Google's terms ask for, and a provenance.json go along.
     """
     limit = read_size(max_shard_size)
     if quantize is not None and (to.value != "keras" or quantize not in MODES):

@@ -1,9 +1,9 @@
 """Rounding to 4 bits that minds what the numbers are multiplied by.
 
-Of a projection, it is the outputs X W^T that should stay, not the weights W: the loss is
-trace((W - Q) H (W - Q)^T) with H = X^T X, the second moments of its inputs. GPTQ (Frantar
-et al. 2022, arXiv:2210.17323) makes up for the error of each column in those that come
-after it.
+Of a projection, it is the outputs X W^T that should stay, not the weights W: the loss
+is trace((W - Q) H (W - Q)^T) with H = X^T X, the second moments of its inputs. GPTQ
+(Frantar et al. 2022, arXiv:2210.17323) makes up for the error of each column in those
+that come after it.
 
 Written with a factor H = R R^T, R upper triangular, as here, the loss is the sum of
 squares of (W - Q) R, whose column j depends on columns up to j of the codes alone: each
@@ -75,6 +75,7 @@ def _round(weights, factor, group_size):
     Args:
         weights: float32 [columns, rows].
         factor: R.
+        group_size: columns that share a scale and an offset.
     """
     columns, rows = weights.shape
     errors = np.empty_like(weights)
