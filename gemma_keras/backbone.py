@@ -172,9 +172,9 @@ class DecoderBlock(keras.layers.Layer):
             fed = self.post_ffw_norm.call(fed)
         return x + ops.cast(fed, x.dtype)
 
-    @property
     def projections(self):
         """Lists of projections that read the same, in the order in which they do."""
+        # No property: Keras would save what one returns as something of its own.
         attention = self.attention
         return [
             [attention.query, attention.key, attention.value],

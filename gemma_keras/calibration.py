@@ -270,7 +270,7 @@ class _Walk:
         codes, which are restored each time.
         """
         stages = {}
-        for number, stage in enumerate(block.projections):
+        for number, stage in enumerate(block.projections()):
             layers = [layer for layer in stage if layer.path in self.chosen]
             if layers:
                 stages[number] = layers
@@ -300,7 +300,8 @@ class _Walk:
         if stages not in self._moments:
             add = functools.partial(_add_moments, stages)
             self._moments[stages] = backend.LayerProgram(add)
-        sizes = [block.projections[number][0].columns for number in stages]
+        projections = block.projections()
+        sizes = [projections[number][0].columns for number in stages]
         totals = [np.zeros((size, size), "float32") for size in sizes]
         for x, tables, masks, counts in self.runs if stages else ():
             totals = self._moments[stages](
@@ -324,7 +325,8 @@ def _through(block, x, table, mask):
 def _add_moments(stages, block, totals, x, table, mask, counts):
     """`totals` with the moments of a batch added to them."""
     totals = [ops.convert_to_tensor(total) for total in totals]
-    layers = [block.projections[number][0] for number in stages]
+    projections = block.projections()
+    layers = [projections[number][0] for number in stages]
 
     def add(number, inputs):
         rows = ops.reshape(ops.cast(inputs, "float32"), (-1, inputs.shape[-1]))

@@ -8,7 +8,13 @@ import pytest
 from keras import ops
 from small_model import CONFIG, TEXT, build_model
 
-from gemma_keras import Calibration, GemmaBackbone, GemmaCausalLM, backend
+from gemma_keras import (
+    Calibration,
+    GemmaBackbone,
+    GemmaCausalLM,
+    backend,
+    distribution,
+)
 
 # 96 columns for the outputs of attention, 48 for those of the feed-forward, which
 # groups of 32 do not divide, and 32 for the rest.
@@ -113,8 +119,14 @@ def test_only_what_is_asked_for_is_rounded(build):
     assert np.isfinite(hidden(lm, ROWS[:2])).all()
 
 
-def test_what_cannot_be_is_refused_before_anything_changes(build, calibrated):
+def test_what_cannot_be_is_refused_before_anything_changes(
+    build, calibrated, monkeypatch
+):
     lm = build()
+    with monkeypatch.context() as patched:
+        patched.setattr(distribution, "is_set", lambda: True)
+        with pytest.raises(ValueError, match="without a distribution"):
+            lm.quantize("int4", calibration=SENTENCES)
     with pytest.raises(ValueError, match="Calibration is for int4"):
         lm.quantize("int8", calibration=SENTENCES)
     with pytest.raises(ValueError, match="nothing to calibrate with"):
@@ -146,9 +158,11 @@ def test_inputs_that_are_not_finite_are_told(build):
     lm = build()
     norm = lm.backbone.blocks[1].pre_ffw_norm.scale
     norm.assign(np.full(norm.shape, np.inf))
-    with pytest.raises(ValueError, match="block_1/ffw_gating: its inputs are NaN"):
-        seen = Calibration(SEEN, sequence_length=24)
-        lm.quantize("int4", calibration=seen, filters="ffw")
+    with (
+        pytest.warns(UserWarning, match="24 tokens are few to calibrate with"),
+        pytest.raises(ValueError, match="block_1/ffw_gating: its inputs are NaN"),
+    ):
+        lm.quantize("int4", calibration=SEEN[:1], filters="ffw")
     assert lm.backbone.blocks[1].ffw_gating.watch is None
 
 
