@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "BucketedDataset": "packing",
+    "Calibration": "calibration",
     "ExampleEncoder": "encoding",
     "DraftModel": "speculation",
     "GemmaBackbone": "backbone",

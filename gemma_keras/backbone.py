@@ -174,6 +174,17 @@ class DecoderBlock(keras.layers.Layer):
             fed = self.post_ffw_norm.call(fed)
         return x + ops.cast(fed, x.dtype)
 
+    def projections(self):
+        """Lists of projections that read the same, in the order in which they do."""
+        # No property: Keras would save what one returns as something of its own.
+        attention = self.attention
+        return [
+            [attention.query, attention.key, attention.value],
+            [attention.attention_output],
+            [self.ffw_gating, self.ffw_gating_2],
+            [self.ffw_linear],
+        ]
+
     def feed_forward(self, x, residual_dtype, noise=None):
         """Down-project GELU(gate) * up."""
         gate, up = self.ffw_gating(x, noise), self.ffw_gating_2(x, noise)
@@ -321,6 +332,16 @@ class GemmaBackbone(Adaptable, Quantizable, keras.Model):
             kind: rotary_table(positions, config.head_dim, *bases[kind])
             for kind in sorted(set(config.layer_kinds))
         }
+
+    def surroundings(self, inputs, length):
+        """Rotary tables and masks that blocks take, each a dict by kind of layer.
+
+        Args:
+            inputs: as `call` takes them, of tensors.
+            length: T.
+        """
+        positions, masks, _ = self._positions_and_masks(inputs, length, None)
+        return self._rotary_tables(positions), masks
 
     def _positions_and_masks(self, inputs, length, cache):
         """Positions [B, T], a mask for each layer kind, and the cache's next step."""

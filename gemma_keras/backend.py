@@ -945,6 +945,40 @@ class Program:
         return self._concrete[key](*arguments)
 
 
+class LayerProgram:
+    """A function of a layer and arrays, which nobody asks the gradient of.
+
+    JAX compiles it once for all layers that are alike, such as the blocks of a model;
+    torch and TensorFlow run it as it is.
+
+    Args:
+        function: takes the layer and nested arrays; returns nested arrays.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self._compiled = {}
+
+    def __call__(self, layer, *arguments):
+        if NAME != "jax":
+            with no_gradient(), _tracing():
+                return self.function(layer, *arguments)
+        variables = layer.variables
+        key = tuple(
+            (v.path.removeprefix(layer.path or ""), tuple(v.shape), v.dtype)
+            for v in variables
+        )
+        if key not in self._compiled:
+
+            def run(values, *arguments):
+                mapping = list(zip(variables, values, strict=True))
+                with keras.StatelessScope(state_mapping=mapping), _tracing():
+                    return self.function(layer, *arguments)
+
+            self._compiled[key] = jax.jit(run)
+        return self._compiled[key]([v.value for v in variables], *arguments)
+
+
 class Step:
     """A function of arrays that a loop in a program calls again and again.
 

@@ -18,8 +18,11 @@ from gemma_keras import (
     trainer,
 )
 from gemma_keras.adaptation import Adaptation
+from gemma_keras.calibration import Calibration, quantise
 from gemma_keras.checkpoints import exporting
 from gemma_keras.checkpoints.provenance import Provenance
+from gemma_keras.packed import quantization_of
+from gemma_keras.quantization import CALIBRATED
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
@@ -192,9 +195,50 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
         contents = saving.model_contents(self, options.pop("progress", None))
         return exporting.export(contents, filepath, format, **options)
 
-    def quantize(self, mode=None, config=None, **options):
-        """Keep the model's matrices in few bits: `GemmaBackbone.quantize`."""
-        self.backbone.quantize(mode, config, **options)
+    def quantize(
+        self,
+        mode=None,
+        config=None,
+        *,
+        calibration=None,
+        progress=None,
+        type_check=True,
+        **options,
+    ):
+        """Keep the model's matrices in few bits: `GemmaBackbone.quantize`.
+
+        Args:
+            mode: `"int8"`, `"int4"`, or `"gptq"` with a `config`.
+            config: a config of Keras. Of `keras.quantizers.GPTQConfig` the dataset,
+                `num_samples`, `sequence_length`, `hessian_damping` and `group_size`
+                count.
+            calibration: of int4, what to read so that outputs keep rather than weights
+                (GPTQ): texts, pairs or chats, as `fit` takes them, or the path of a
+                file of them; or a `Calibration`, which says how much of it.
+            progress: called as `progress(done, total)` after each block that is
+                calibrated.
+            type_check: not used; Keras passes it.
+            **options: `filters`, `group_size` and `embedding`, as there.
+
+        Raises:
+            ValueError: as there; or nothing to calibrate with.
+        """
+        if mode == "gptq":
+            tokenizer = self.preprocessor and self.preprocessor.tokenizer
+            calibration = Calibration.of_keras(config, tokenizer)
+            mode, options = "int4", {"group_size": config.group_size, **options}
+        quantization = quantization_of(mode, config, **options)
+        if calibration is None:
+            self.backbone.pack(quantization)
+        else:
+            quantise(
+                self.backbone,
+                quantization,
+                Calibration.get(calibration),
+                self.preprocessor,
+                progress,
+            )
+            self.provenance = self.provenance.adding(CALIBRATED)
         # What was compiled reads the weights as they were.
         self.train_function = self.test_function = self.predict_function = None
 

@@ -1,9 +1,12 @@
 """`gemma-keras convert`: a checkpoint in one format becomes one in another.
 
-No model is made and no backend started: tensors go from file to file.
+No model is made and no backend started: tensors go from file to file. Only to calibrate
+weights of few bits, a model is made, which reads.
 """
 
+import dataclasses
 import enum
+import functools
 import pathlib
 import re
 from typing import Annotated
@@ -11,9 +14,9 @@ from typing import Annotated
 import typer
 
 from gemma_keras import checkpoints, registry
-from gemma_keras.cli_base import AdapterOption, Source, option
+from gemma_keras.cli_base import AdapterOption, Source, option, start_keras_on
 from gemma_keras.console import say, writing
-from gemma_keras.quantization import MODES
+from gemma_keras.quantization import CALIBRATED, MODES
 
 Format = enum.StrEnum("Format", {name: name for name in checkpoints.WRITERS})
 
@@ -24,6 +27,7 @@ gemma-keras convert ./my_model ./my_model.gguf --to gguf --dtype q8_0
 gemma-keras convert gemma_2b_en ./tuned-hf --to hf --adapter ./my_run/adapter
 gemma-keras convert ./gemma-2b.ckpt ./gemma-2b.nemo --to nemo
 gemma-keras convert ./gemma-2b ./gemma-2b-maxtext --to maxtext --layout unscanned
+gemma-keras convert gemma_2b_en ./2b-int4 --to keras --quantize int4 --calibration a.txt
 gemma-keras convert hf://google/gemma-2b ./gemma-2b --to keras --force"""
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -76,14 +80,23 @@ def convert(
         str | None,
         option("Keep weights in few bits: int8 or int4, for keras only."),
     ] = None,
+    calibration: Annotated[
+        pathlib.Path | None,
+        option(
+            "For int4, a file that the model reads so that its outputs keep (GPTQ), as "
+            "for sft; a .txt file is one text. The whole model is held.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     adapter: AdapterOption = None,
     force: Annotated[bool, option("Replace an earlier export.", "--force")] = False,
 ):
     """Write a model in another format, for other programs.
 
-    Weights are moved one at a time, so that memory holds no model; an adapter is merged
-    into them on the way. A model card, the notice that Google's terms ask for, and a
-    provenance.json go along.
+    Weights are moved one at a time, so that memory holds no model, unless one is
+    calibrated; an adapter is merged into them on the way. A model card, the notice that
+    Google's terms ask for, and a provenance.json go along.
     """
     limit = read_size(max_shard_size)
     if quantize is not None and (to.value != "keras" or quantize not in MODES):
@@ -91,6 +104,8 @@ def convert(
             f"--quantize is {' or '.join(MODES)} and goes with --to keras; gguf has "
             "--dtype q8_0, q4_0 and others."
         )
+    if calibration is not None and quantize != "int4":
+        raise typer.BadParameter("--calibration goes with --quantize int4.")
     from gemma_keras.checkpoints import exporting, merging, peft
 
     decoded = dtype if dtype in ("float32", "float16", "bfloat16") else None
@@ -108,6 +123,8 @@ def convert(
                 lambda: checkpoint.tensor("token_embedding/embeddings"),
             )
             contents = merging.merge(contents, found)
+        if calibration is not None:
+            contents = calibrated(contents, path, decoded, adapter, calibration)
         written = exporting.export(
             contents,
             destination,
@@ -127,3 +144,30 @@ def convert(
     place = "beside them" if written.is_dir() else "in the file"
     say(f"What was done to the weights, and what they are under, is told {place}.")
     print(written)
+
+
+def calibrated(contents, path, dtype, adapter, file):
+    """The `Contents`, with codes that are made when the first of them is asked for.
+
+    By then the writer has checked everything else.
+    """
+    start_keras_on(None)
+
+    @functools.cache
+    def codes():
+        from gemma_keras import GemmaCausalLM
+        from gemma_keras.loading import codes_reader
+
+        lm = GemmaCausalLM.from_preset(path, dtype=dtype or "auto")
+        if adapter is not None:
+            lm.load_adapter(adapter)
+            lm.merge_adapter(discard=True)
+        tell = lambda *done: say("Calibrated {} of {} blocks".format(*done))  # noqa: E731
+        lm.quantize("int4", calibration=file, progress=tell)
+        return codes_reader(lm.backbone)
+
+    return dataclasses.replace(
+        contents,
+        codes=lambda path: codes()(path),
+        provenance=contents.provenance.adding(CALIBRATED),
+    )

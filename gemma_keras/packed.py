@@ -12,7 +12,7 @@ from collections.abc import Callable
 from keras import ops
 
 from gemma_keras import backend, distribution
-from gemma_keras.quantization import Packing, Quantization, pack
+from gemma_keras.quantization import Packing, Quantization
 
 # Restored numbers at a time, in bytes of float32: what decoding reads again at once
 # should still be in the cache, and what many rows of activations share may be larger.
@@ -221,11 +221,11 @@ class Packable:
         arrays = None if start.read is None else start.read(shape)
         self.packed = PackedMatrix(self, prefix, start.packing, shape, arrays)
 
-    def _pack(self, prefix, variable, matrix, packing):
-        """Replace `variable` by `matrix` [rows, columns], a numpy array, rounded."""
-        arrays = pack(matrix, packing)
+    def _pack(self, prefix, variable, packing, arrays):
+        """Replace `variable` by what `quantization.pack` made of it."""
+        shape = variable.shape[::-1] if prefix == "kernel" else variable.shape
         self._untrack_variable(variable)
-        self.packed = PackedMatrix(self, prefix, packing, matrix.shape, arrays)
+        self.packed = PackedMatrix(self, prefix, packing, shape, arrays)
 
 
 class Quantizable:
@@ -273,14 +273,22 @@ class Quantizable:
             ValueError: another mode, or the model is quantised already, or has adapters
                 whose updates are merged.
         """
-        if isinstance(filters, list | tuple):
-            filters = "|".join(f"(?:{pattern})" for pattern in filters)
-        if group_size is None:
-            group_size = getattr(config, "block_size", None) or 128
-        self.pack(Quantization(mode, group_size, embedding, filters))
+        self.pack(quantization_of(mode, config, filters, group_size, embedding))
 
     def pack(self, quantization):
-        """Keep matrices as a `Quantization` says."""
+        """Keep matrices as a `Quantization` says, rounded to the nearest."""
+        chosen = self.choose(quantization)
+        for path, layer in self._packable().items():
+            if path in chosen:
+                layer.pack(chosen[path])
+
+    def choose(self, quantization):
+        """Path of each layer that is to be quantised to its `Packing`.
+
+        Raises:
+            ValueError: there is none, or the model is quantised already, or has
+                adapters whose updates are merged.
+        """
         if self.packings:
             raise ValueError(
                 "This model is quantised already: load it again to quantise it in "
@@ -296,9 +304,16 @@ class Quantizable:
                 f"No layer's path matches {quantization.layers!r}; paths are such as "
                 f"{', '.join(list(chosen)[:2])}."
             )
-        for path, layer in self._packable().items():
-            if chosen[path] is not None:
-                layer.pack(chosen[path])
+        return {path: packing for path, packing in chosen.items() if packing}
+
+
+def quantization_of(mode, config, filters=None, group_size=None, embedding=None):
+    """The `Quantization` that arguments of `Quantizable.quantize` say."""
+    if isinstance(filters, list | tuple):
+        filters = "|".join(f"(?:{pattern})" for pattern in filters)
+    if group_size is None:
+        group_size = getattr(config, "block_size", None) or 128
+    return Quantization(mode, group_size, embedding, filters)
 
 
 def packed_init(init, packings):

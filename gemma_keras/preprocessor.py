@@ -152,6 +152,10 @@ class GemmaCausalLMPreprocessor:
             self.tokenizer, self.add_start_token, self.add_end_token, **settings
         )
 
+    def token_ids(self, x) -> list[list[int]]:
+        """The ids of everything in `x`, as `__call__` takes it, whole."""
+        return [list(sample.ids) for sample in self._read_samples(x)[0]]
+
     def encode_prompt(self, prompt, max_tokens: int | None = None) -> list[int]:
         """Ids of one prompt for generation.
 

@@ -6,6 +6,7 @@ from keras import ops
 from gemma_keras import backend
 from gemma_keras.lora import Adapted
 from gemma_keras.packed import Packable, PackedStart
+from gemma_keras.quantization import pack
 
 
 class Projection(Adapted, Packable, keras.layers.Dense):
@@ -19,6 +20,7 @@ class Projection(Adapted, Packable, keras.layers.Dense):
     def __init__(self, units, init, **kwargs):
         super().__init__(units, use_bias=False, **kwargs)
         self.init = init
+        self.watch = None  # called with the inputs of each product, by who asks for it
         self._prepare_adapters()
 
     def build(self, input_shape):
@@ -49,10 +51,15 @@ class Projection(Adapted, Packable, keras.layers.Dense):
         """Size of the input, within which quantised groups lie."""
         return self.weight_shape[0]
 
-    def pack(self, packing):
-        """Keep the kernel in few bits from now on, as rows of outputs."""
+    def pack(self, packing, arrays=None):
+        """Keep the kernel in few bits from now on, as rows of outputs.
+
+        `arrays` are its codes and scales, if it is not to be rounded to the nearest.
+        """
         kernel, self._kernel = self._kernel, None
-        self._pack("kernel", kernel, backend.to_numpy(kernel).T, packing)
+        if arrays is None:
+            arrays = pack(backend.to_numpy(kernel).T, packing)
+        self._pack("kernel", kernel, packing, arrays)
 
     def __call__(self, inputs, noise=None):
         # Where it can be helped, not Keras' way in: it costs torch more than a product.
@@ -69,6 +76,8 @@ class Projection(Adapted, Packable, keras.layers.Dense):
 
     def multiply(self, inputs):
         """`inputs` [..., in] times the kernel alone, which may be quantised."""
+        if self.watch is not None:
+            self.watch(inputs)
         if self.packed is not None:
             return self.packed.to_rows(inputs)
         return ops.cast(backend.matmul(inputs, self.kernel), inputs.dtype)
@@ -134,7 +143,8 @@ class TokenEmbedding(Adapted, Packable, keras.layers.ReversibleEmbedding):
     def pack(self, packing):
         """Keep the table in few bits from now on."""
         table, self._embeddings = self._embeddings, None
-        self._pack("embeddings", table, backend.to_numpy(table), packing)
+        arrays = pack(backend.to_numpy(table), packing)
+        self._pack("embeddings", table, packing, arrays)
 
     def call(self, inputs, reverse=False):
         """Rows of token ids; or, in reverse, the products of `inputs` with all rows."""

@@ -20,6 +20,8 @@ import numpy as np
 
 MODES = ("int8", "int4")
 GROUP_SIZES = (16, 32, 64, 128, 256)
+# What is told of weights whose codes are not the nearest.
+CALIBRATED = "Matrices were rounded to 4 bits by what they make of texts (GPTQ)."
 # Numbers that one core rounds at a time: what its cache holds.
 _CHUNK = 2**18
 # Shares of a group's range that 4-bit codes may span: cutting outliers off can make
@@ -190,15 +192,9 @@ def _round_8(rows, _):
 def _round_4(rows, group_size):
     """The nearest codes, for the span of each group that makes the least error."""
     groups = rows.reshape(len(rows), -1, group_size)
-    low, high = groups.min(axis=2, keepdims=True), groups.max(axis=2, keepdims=True)
     best = None
-    for span in _SPANS:
-        # Rounded as they are stored before codes are chosen, so that codes make up
-        # for it.
-        scales = _stored((high - low) * (span / 15))
-        offsets = _stored(low * span + (1 - span) / 2 * (low + high))
-        codes = np.rint((groups - offsets) / np.where(scales == 0, 1, scales))
-        codes = np.clip(codes, 0, 15)
+    for scales, offsets in spans(groups):
+        codes = nearest(groups, scales, offsets)
         error = np.square(codes * scales + offsets - groups).sum(axis=2, keepdims=True)
         if best is None:
             best = [error, codes, scales, offsets]
@@ -207,10 +203,40 @@ def _round_4(rows, group_size):
         found = (error, codes, scales, offsets)
         best = [np.where(better, x, y) for x, y in zip(found, best, strict=True)]
     _, codes, scales, offsets = best
-    codes = codes.astype(np.uint8).reshape(rows.shape)
-    half = rows.shape[1] // 2
+    return joined(codes.reshape(rows.shape), scales[..., 0], offsets[..., 0])
+
+
+def spans(groups):
+    """Pairs of scales and offsets that 4-bit codes of groups may have.
+
+    They are rounded as they are stored before codes are chosen, so that codes make up
+    for it.
+
+    Args:
+        groups: floats [..., group_size].
+
+    Yields:
+        Scales and offsets, float32 [..., 1].
+    """
+    low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
+    for span in _SPANS:
+        scales = _stored((high - low) * (span / 15))
+        offsets = _stored(low * span + (1 - span) / 2 * (low + high))
+        yield scales, offsets
+
+
+def nearest(numbers, scales, offsets):
+    """The 4-bit codes, as floats, whose `code * scale + offset` is the nearest."""
+    codes = np.rint((numbers - offsets) / np.where(scales == 0, 1, scales))
+    return np.clip(codes, 0, 15)
+
+
+def joined(codes, scales, offsets):
+    """The arrays of a matrix of 4-bit codes [rows, columns], two of them in a byte."""
+    codes = codes.astype(np.uint8)
+    half = codes.shape[1] // 2
     packed = codes[:, :half] | (codes[:, half:] << 4)
-    return {"codes": packed, "scales": scales[..., 0], "offsets": offsets[..., 0]}
+    return {"codes": packed, "scales": scales, "offsets": offsets}
 
 
 def _stored(values):

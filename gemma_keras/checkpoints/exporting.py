@@ -277,5 +277,5 @@ def _about_bits(contents, writer):
     if writer.FORMAT != "KerasHub preset":
         return f"They were restored from codes of {bits} bits."
     if contents.codes is not None:
-        return f"They are the codes of {bits} bits of the source."
+        return f"They are kept as codes of {bits} bits."
     return f"They were rounded to {bits} bits."

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 import typer.testing
@@ -195,6 +196,33 @@ def test_few_bits_go_to_a_preset_and_back_to_floats(tmp_path):
     name = "model.quantized.safetensors"
     again = (tmp_path / "again" / name).read_bytes()
     assert again == (tmp_path / "q" / name).read_bytes()
+
+
+def test_few_bits_may_be_calibrated(tmp_path):
+    lessons = tmp_path / "lessons.txt"
+    lessons.write_text("The sky is blue, and the sea is deep, they say. " * 100)
+    few = ("--to", "keras", "--quantize", "int4", "--calibration")
+    result = convert(PRESET, tmp_path / "q", *few, lessons)
+    assert result.exit_code == 0, result.stderr
+    assert "Calibrated 4 of 4 blocks" in result.stderr
+    facts = json.loads((tmp_path / "q" / "provenance.json").read_text())
+    assert any("GPTQ" in sentence for sentence in facts["modified"])
+    lm = gemma_keras.GemmaCausalLM.from_preset(PRESET)
+    lm.quantize("int4", calibration=str(lessons))
+    again = gemma_keras.GemmaCausalLM.from_preset(tmp_path / "q")
+    for mine, theirs in zip(lm.weights, again.weights, strict=True):
+        mine, theirs = map(keras.ops.convert_to_numpy, (mine, theirs))
+        np.testing.assert_array_equal(mine.view("uint8"), theirs.view("uint8"))
+
+
+def test_calibration_that_cannot_be_is_refused(tmp_path):
+    options = (PRESET, tmp_path / "m", "--to", "keras", "--calibration")
+    result = convert(*options, __file__, "--quantize", "int8")
+    assert result.exit_code == 2
+    assert "goes with --quantize int4" in result.stderr
+    result = convert(*options, tmp_path / "none.txt", "--quantize", "int4")
+    assert result.exit_code == 2
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

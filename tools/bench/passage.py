@@ -16,8 +16,15 @@ import tempfile
 import models
 
 PACKAGE = "brotli==1.2.1"
-MEMBER = "brotli-1.2.1/tests/testdata/alice29.txt"
-SHA256 = "7467306ee0feed4971260f3c87421154a05be571d944e9cb021a5713700c38f0"
+FOLDER = "brotli-1.2.1/tests/testdata"
+# Beside it, "As You Like It"; and what weights are calibrated with: a workshop of the
+# Library of Congress in 1992, and "Paradise Lost".
+SHA256 = {
+    "alice29": "7467306ee0feed4971260f3c87421154a05be571d944e9cb021a5713700c38f0",
+    "asyoulik": "eaa3526fe53859f34ecdf255712f9ecf0b2c903451d4755b2edaa2e2599cb0fc",
+    "lcet10": "5314ba1dbb03f471df88bec6cd120a938ef60d0fd3511c5c1dce61bf7463245f",
+    "plrabn12": "07e2e0b461af78c7c647cb53dab39de560198e16f799b4516eccf0fbd69f764c",
+}
 # From the fifth chapter on: 8 times 511 tokens, each after a <bos> of its own.
 BEGIN = "CHAPTER V"
 WINDOWS, LENGTH = 8, 512
@@ -40,7 +47,7 @@ def write():
     from gemma_keras import GemmaTokenizer
 
     tokenizer = GemmaTokenizer(models.assets() / "gemma3" / "tokenizer.model")
-    text = fetch().decode("latin-1").replace("\r\n", "\n")
+    text = fetch("alice29")["alice29"]
     ids = tokenizer.encode(text[text.index(BEGIN) :], add_bos=False)
     step = LENGTH - 1
     windows = [
@@ -52,14 +59,21 @@ def write():
     return path
 
 
-def fetch():
-    """The whole text as bytes, its sha256 checked."""
+def fetch(*names):
+    """Name to text of some of `SHA256`, checked."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--no-binary=:all:", "--dest", folder, PACKAGE]
         subprocess.run(command, check=True, stdout=sys.stderr)
         with tarfile.open(f"{folder}/{PACKAGE.replace('==', '-')}.tar.gz") as archive:
-            text = archive.extractfile(MEMBER).read()
-    if hashlib.sha256(text).hexdigest() != SHA256:
-        raise SystemExit(f"{MEMBER} of {PACKAGE} is not the text that was expected.")
-    return text
+            found = {
+                name: archive.extractfile(f"{FOLDER}/{name}.txt").read()
+                for name in names
+            }
+    for name, text in found.items():
+        if hashlib.sha256(text).hexdigest() != SHA256[name]:
+            raise SystemExit(f"{name}.txt of {PACKAGE} is not what was expected.")
+    return {
+        name: text.decode("latin-1").replace("\r\n", "\n")
+        for name, text in found.items()
+    }
