@@ -34,7 +34,8 @@ def round_to_outputs(matrix, moments, group_size, damping=0.01):
             were never seen count as much.
 
     Raises:
-        ValueError: `moments` has numbers that are not finite.
+        ValueError: `moments` has numbers that are not finite; or too little damping
+            leaves it without a factor.
     """
     factor = _factor(moments, damping)
     rows, columns = matrix.shape
@@ -65,7 +66,12 @@ def _factor(moments, damping):
     # Without any input, as good as with inputs of one size.
     diagonal += damping * mean if mean else 1.0
     # Cholesky's factors are lower triangular: that of the reversed order, reversed.
-    lower = np.linalg.cholesky(moments[::-1, ::-1])
+    try:
+        lower = np.linalg.cholesky(moments[::-1, ::-1])
+    except np.linalg.LinAlgError:
+        raise ValueError(
+            f"damping={damping:g} is too little for what was read: raise it."
+        ) from None
     return np.ascontiguousarray(lower[::-1, ::-1], np.float32)
 
 

@@ -112,6 +112,17 @@ def test_inputs_that_never_came_and_rows_in_chunks_do_not_matter():
     np.testing.assert_array_equal(nothing["codes"], nearest["codes"])
 
 
+def test_moments_without_a_factor_are_told():
+    weights, moments = example(2)
+    # Of more than what they are moments of: no inputs have these.
+    moments[0, 1] = moments[1, 0] = 9 * moments[0, 0]
+    with pytest.raises(ValueError, match=r"damping=0\.001 is too little"):
+        round_to_outputs(weights, moments, 32, damping=0.001)
+    moments[3, 3] = np.inf
+    with pytest.raises(ValueError, match="not finite"):
+        round_to_outputs(weights, moments, 32)
+
+
 def test_what_is_not_finite_shows_in_a_scale():
     weights, moments = example(2)
     weights[3, 40] = np.nan
