@@ -223,7 +223,8 @@ class LayerCache:
 
     def _see(self, buffer, new):
         if not isinstance(buffer, Codes):
-            return self.place.seen(buffer, new, axis=2)
+            # As it is kept, so that it does not matter when it is seen.
+            return self.place.seen(buffer, ops.cast(new, buffer.dtype), axis=2)
         pairs = zip(buffer, quantize(new), strict=True)
         buffers, parts = zip(*(self.place.seen(*p, axis=2) for p in pairs), strict=True)
         return Codes(*buffers), tuple(Codes(*p) for p in zip(*parts, strict=True))

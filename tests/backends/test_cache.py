@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from keras import ops
 from small_model import CONFIG
 
+from gemma_keras import backend
 from gemma_keras.cache import (
     EMPTY,
     Codes,
@@ -226,3 +227,17 @@ def test_codes_take_a_quarter_of_float32_and_half_of_bfloat16():
 
     assert bytes_of("int8") <= 0.30 * bytes_of("float32")
     assert bytes_of("int8") <= 0.55 * bytes_of("bfloat16")
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_tokens_see_keys_and_values_as_they_are_kept(before):
+    """Products of codes may be float32 in a model that computes in bfloat16."""
+    cache, shape = make_cache(CONFIG, 1, 24, "bfloat16"), (1, CONFIG.num_kv_heads)
+    if before:
+        cache = cache._replace(length=backend.counter(before))
+    step = Step(cache, CONFIG.layer_kinds, ops.ones((1, 2), dtype="int32"), None)
+    wide = ops.ones((*shape, 2, CONFIG.head_dim), dtype="float32") / 3
+    for layer in step.layers:
+        for parts in layer.seen(wide, wide):
+            kinds = {keras.backend.standardize_dtype(part.dtype) for part in parts}
+            assert kinds == {"bfloat16"}
