@@ -960,7 +960,10 @@ class LayerProgram:
         self._compiled = {}
 
     def __call__(self, layer, *arguments):
-        if NAME != "jax":
+        if NAME == "tensorflow":
+            # Not as in a program: some of its products are XLA's alone.
+            return self.function(layer, *arguments)
+        if NAME == "torch":
             with no_gradient(), _tracing():
                 return self.function(layer, *arguments)
         variables = layer.variables

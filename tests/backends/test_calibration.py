@@ -154,6 +154,14 @@ def test_what_cannot_be_is_refused_before_anything_changes(
         calibrated[0].quantize("int4", calibration=SENTENCES)
 
 
+def test_a_model_in_bfloat16_is_calibrated_in_it(build):
+    lm = build(dtype="bfloat16")
+    with pytest.warns(UserWarning, match="tokens are few to calibrate with"):
+        lm.quantize("int4", calibration=SEEN[:1], **HOW)
+    assert lm.backbone.packings
+    assert np.isfinite(hidden(lm, ROWS[40:]).astype("float32")).all()
+
+
 def test_inputs_that_are_not_finite_are_told(build):
     lm = build()
     norm = lm.backbone.blocks[1].pre_ffw_norm.scale
