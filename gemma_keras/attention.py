@@ -53,9 +53,10 @@ def attend(query, key, value, mask, config):
     """
     length, heads, size = query.shape[1:]
     groups = heads // config.num_kv_heads
+    parts = key, value, mask
     if not isinstance(mask, tuple):
-        key, value, mask = (key,), (value,), (mask,)
-    keys, values, masks = key, value, mask
+        parts = (key,), (value,), (mask,)
+    keys, values, masks = parts
     coded, dtype = isinstance(keys[0], Codes), query.dtype
     if coded and backend.on_cpu():
         # Codes have to be cast anyway, and a CPU multiplies float32 the fastest.

@@ -169,9 +169,10 @@ def _matmul_bfloat16(x, kernel, transposed):
 
 
 def batch_matmul(x, y):
-    """`x` [..., T, D] times `y` [..., D, S], in the dtype of `x`; for use in gradients.
+    """`x` [..., T, D] times `y` [..., D, S], in the dtype of `x`.
 
-    Nothing is kept for a backward pass that is asked of it on torch.
+    For use where torch is not asked for the gradient, as within `with_gradient`: it
+    would keep copies in float32.
     """
     if _torch_is_slow_in(x):
         return torch.matmul(x.float(), y.float()).to(x.dtype)
@@ -181,10 +182,11 @@ def batch_matmul(x, y):
 def row_products(x, y):
     """Products of the rows of `x` [..., R, D] and of `y` [..., S, D]: [..., R, S].
 
-    In the dtype of `x`; for use in gradients, as `batch_matmul`.
+    In the dtype of `x`; for use where `batch_matmul` is.
     """
-    if NAME != "torch" and _in_program.get() and x.shape[-2] < x.shape[-1]:
-        # XLA copies what it turns: the result, then, in place of `y`.
+    turned = NAME != "torch" and x.shape[-2] < x.shape[-1]
+    if turned and _in_program.get() and on_cpu():
+        # XLA copies what it turns there: the result, then, in place of `y`.
         return ops.swapaxes(ops.matmul(y, ops.swapaxes(x, -1, -2)), -1, -2)
     return batch_matmul(x, ops.swapaxes(y, -1, -2))
 

@@ -63,7 +63,8 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
         self.logits_dtype = logits_dtype
         # Where the weights come from, for what is exported.
         self.provenance = Provenance()
-        self._engine = generation.Engine(backbone)
+        # What generates, and keeps the programs that were compiled for it.
+        self.engine = generation.Engine(backbone)
         self.kv_cache_dtype = kv_cache_dtype
         self.built = True
         self.compile()
@@ -285,18 +286,13 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
         return self.backbone.config
 
     @property
-    def engine(self):
-        """The `generation.Engine`, with the programs that were compiled."""
-        return self._engine
-
-    @property
     def kv_cache_dtype(self):
         """`"auto"` or `"int8"`: in what keys and values of tokens are kept."""
-        return self._engine.kv_cache_dtype
+        return self.engine.kv_cache_dtype
 
     @kv_cache_dtype.setter
     def kv_cache_dtype(self, value):
-        self._engine.kv_cache_dtype = generation.check_kv_cache_dtype(value)
+        self.engine.kv_cache_dtype = generation.check_kv_cache_dtype(value)
 
     def call(self, inputs, training=None):
         hidden = self.backbone(inputs, training=training)
@@ -418,7 +414,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
                 "This model has no preprocessor, so it takes no text: pass "
                 '{"token_ids": ..., "padding_mask": ...}.'
             )
-        return text_generation.TextGenerator(self._engine, self.preprocessor)
+        return text_generation.TextGenerator(self.engine, self.preprocessor)
 
     def _generate_texts(self, inputs, settings, strip_prompt, prompt_cache):
         generator = self._generator()
@@ -438,7 +434,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
                 f"{longest} leave room for an answer: raise max_length."
             )
         answers = text_generation.generate_ids(
-            self._engine, prompts, settings, prompt_cache=prompt_cache
+            self.engine, prompts, settings, prompt_cache=prompt_cache
         )
         kept = [
             new if strip_prompt else [*prompt, *new]

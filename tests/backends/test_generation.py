@@ -58,7 +58,7 @@ def test_a_recorded_step_sees_what_changes(new_lm, monkeypatch):
         kernel.assign(2 * kernel)
     options["sampler"] = samplers.TopKSampler(3, temperature=0.5)
     texts.append(lm.generate(PROMPT, max_new_tokens=8, **options))
-    steps = [p for key, p in lm._engine._programs.items() if key[0] == "step"]
+    steps = [p for key, p in lm.engine._programs.items() if key[0] == "step"]
     assert [len(step._recorded) for step in steps] == [1]
     monkeypatch.setattr(backend.Step, "PATIENCE", 10**9)
     assert plain.generate(PROMPT, max_new_tokens=8, **options) == texts[1] != texts[0]
@@ -179,7 +179,7 @@ def test_a_seed_makes_random_answers_repeatable(lm, sampler):
 
 
 def test_settings_change_without_compiling_anew(lm):
-    engine = lm._engine
+    engine = lm.engine
     ids_of(lm, sampler=samplers.TopKSampler(k=4, temperature=1.0), seed=1)
     programs = dict(engine._programs)
     ids_of(lm, sampler=samplers.TopKSampler(k=9, temperature=0.3), seed=2)
@@ -257,7 +257,7 @@ def test_prompts_of_any_length_are_read_in_chunks(new_lm, monkeypatch, rings):
 def compiled(lm):
     """How many times each program was compiled, as the backend counts it."""
     sizes = []
-    for program in lm._engine._programs.values():
+    for program in lm.engine._programs.values():
         if hasattr(program, "_concrete"):
             sizes.append(len(program._concrete))
         elif hasattr(program, "_compiled"):
@@ -356,9 +356,9 @@ def test_a_chat_goes_on_from_its_cache(lm, monkeypatch):
     A random model does not spell as the tokenizer does.
     """
     resumed = []
-    resume = lm._engine.resume
+    resume = lm.engine.resume
     monkeypatch.setattr(
-        lm._engine, "resume", lambda *args: resumed.append(args[1]) or resume(*args)
+        lm.engine, "resume", lambda *args: resumed.append(args[1]) or resume(*args)
     )
     chat = lm.start_chat(max_new_tokens=1)
     chat.send("the moon")

@@ -48,15 +48,19 @@ def write():
 
     tokenizer = GemmaTokenizer(models.assets() / "gemma3" / "tokenizer.model")
     text = fetch("alice29")["alice29"]
-    ids = tokenizer.encode(text[text.index(BEGIN) :], add_bos=False)
-    step = LENGTH - 1
-    windows = [
-        [tokenizer.bos_token_id, *ids[start : start + step]]
-        for start in range(0, WINDOWS * step, step)
-    ]
+    windows = windows_of(tokenizer, text[text.index(BEGIN) :], WINDOWS)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(windows))
     return path
+
+
+def windows_of(tokenizer, text, count):
+    """The ids of the first windows of a text, so many lists of LENGTH."""
+    ids, step = tokenizer.encode(text, add_bos=False), LENGTH - 1
+    return [
+        [tokenizer.bos_token_id, *ids[start : start + step]]
+        for start in range(0, count * step, step)
+    ]
 
 
 def fetch(*names):

@@ -34,10 +34,8 @@ def perplexity(lm, text, begin, windows):
 
     from gemma_keras import backend
 
-    tokenizer, step = lm.preprocessor.tokenizer, passage.LENGTH - 1
-    ids = tokenizer.encode(text[text.index(begin) :], add_bos=False)
-    rows = np.array(ids[: windows * step]).reshape(windows, step)
-    rows = np.pad(rows, ((0, 0), (1, 0)), constant_values=tokenizer.bos_token_id)
+    tokenizer, text = lm.preprocessor.tokenizer, text[text.index(begin) :]
+    rows = np.array(passage.windows_of(tokenizer, text, windows))
     total = 0.0
     with backend.no_gradient():
         hidden = lm.backbone({"token_ids": rows})
@@ -49,7 +47,7 @@ def perplexity(lm, text, begin, windows):
             )
             losses = ops.logsumexp(logits, axis=1) - chosen[:, 0]
             total += float(ops.convert_to_numpy(losses).sum(dtype="float64"))
-    return math.exp(total / (windows * step))
+    return math.exp(total / rows[:, 1:].size)
 
 
 def quantise(lm, way, texts, rows):
@@ -63,12 +61,11 @@ def quantise(lm, way, texts, rows):
     elif method != "float":
         options = {"group_size": int(how[0]), "embedding": how[1]}
         if method == "gptq":
-            step = passage.LENGTH - 1
-            tokenizer = lm.preprocessor.tokenizer
+            tokenizer, each = lm.preprocessor.tokenizer, rows // len(CALIBRATION)
             starts = [
-                [tokenizer.bos_token_id, *ids[start : start + step]]
-                for ids in (tokenizer.encode(texts[name]) for name in CALIBRATION)
-                for start in range(0, rows // len(CALIBRATION) * step, step)
+                window
+                for name in CALIBRATION
+                for window in passage.windows_of(tokenizer, texts[name], each)
             ]
             options["calibration"] = Calibration(starts, rows, passage.LENGTH)
             options["progress"] = lambda *done: print(*done, end=" ", flush=True)
