@@ -6,12 +6,13 @@ numbers a query are kept.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
 from gemma_keras import backend
-from gemma_keras.cache import Codes
+from gemma_keras.cache import Codes, each_part
 
 # Finite, so that a query with nothing to see yields numbers, not NaN.
 MASKED = -2.3819763e38
@@ -32,6 +33,76 @@ def visible(query_positions, key_positions, window=None):
     return mask
 
 
+class Block(NamedTuple):
+    """Queries that follow each other, and what they see of the keys up to their last.
+
+    Attributes:
+        start: the first query.
+        stop: one past the last query, and past the last key.
+        mask: bool [B, stop - start, stop].
+    """
+
+    start: int
+    stop: int
+    mask: Any
+
+
+class Blocks(list):
+    """A mask of tokens that see what comes before them, as `Block`s of all queries.
+
+    Half of a whole mask is false, and the scores of that half are made for nothing.
+    """
+
+
+# Each block costs operations of its own: a few large ones.
+_MOST_BLOCKS, _LEAST_QUERIES = 4, 128
+
+
+def visible_before(
+    positions,
+    key_positions,
+    window=None,
+    segment_ids=None,
+    in_blocks=backend.RUNS_IN_ORDER,
+):
+    """What tokens see of each other, if none sees what comes after it in its row.
+
+    Args:
+        positions: integers [B, T], increasing in each row or segment, padding aside.
+        key_positions: the same, negative where there is padding.
+        window: as in `visible`.
+        segment_ids: optional integers [B, T]: tokens see only their own segment.
+        in_blocks: whether long rows are divided. XLA computes several blocks at once,
+            and keeps what each of them sees: that takes more memory and saves no time.
+
+    Returns:
+        A mask [B, T, T], or `Blocks`.
+    """
+    length = positions.shape[1]
+    size = length and max(-(-length // _MOST_BLOCKS), _LEAST_QUERIES)
+    if not in_blocks or length is None or length <= size:
+        return _visible_in_segment(positions, key_positions, window, segment_ids)
+    blocks = Blocks()
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        rows, keys = slice(start, stop), slice(0, stop)
+        mask = _visible_in_segment(
+            positions, key_positions, window, segment_ids, rows, keys
+        )
+        blocks.append(Block(start, stop, mask))
+    return blocks
+
+
+def _visible_in_segment(
+    positions, key_positions, window, segments, rows=slice(None), keys=slice(None)
+):
+    mask = visible(positions[:, rows], key_positions[:, keys], window)
+    if segments is None:
+        return mask
+    same = segments[:, rows, None] == segments[:, None, keys]
+    return ops.logical_and(mask, same)
+
+
 def soft_cap(x, cap):
     """Cap * tanh(x / cap): Gemma 2's bound on scores and logits."""
     return x if cap is None else cap * ops.tanh(x / cap)
@@ -44,19 +115,36 @@ def attend(query, key, value, mask, config):
         query: [B, T, N, H], rotated.
         key: [B, K, S, H], rotated; or `Codes` of these.
         value: [B, K, S, H], or `Codes`.
-        mask: bool, broadcastable to [B, T, S]. Where keys are in several parts, these
-            three are tuples.
+        mask: bool, broadcastable to [B, T, S], or `Blocks` of it. Where keys are in
+            several parts, these three are tuples.
         config: a `GemmaConfig`, for the head counts, the scale and the soft cap.
 
     Returns:
         [B, T, N * H], in the dtype of `value`, or of `query` beside `Codes`.
     """
-    length, heads, size = query.shape[1:]
-    groups = heads // config.num_kv_heads
     parts = key, value, mask
     if not isinstance(mask, tuple):
         parts = (key,), (value,), (mask,)
-    keys, values, masks = parts
+    if isinstance(parts[2][0], Blocks):
+        return _attend_in_blocks(query, *(part[0] for part in parts), config)
+    return _attend(query, *parts, config)
+
+
+def _attend_in_blocks(query, key, value, blocks, config):
+    mixed = []
+    for start, stop, mask in blocks:
+        parts = [(x,) for x in (_first(key, stop), _first(value, stop), mask)]
+        mixed.append(_attend(query[:, start:stop], *parts, config))
+    return ops.concatenate(mixed, axis=1)
+
+
+def _first(buffer, stop):
+    return each_part(lambda part: part[:, :, :stop], buffer)
+
+
+def _attend(query, keys, values, masks, config):
+    length, heads, size = query.shape[1:]
+    groups = heads // config.num_kv_heads
     coded, dtype = isinstance(keys[0], Codes), query.dtype
     if coded and backend.on_cpu():
         # Codes have to be cast anyway, and a CPU multiplies float32 the fastest.

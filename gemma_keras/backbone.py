@@ -27,7 +27,7 @@ from keras import ops
 from gemma_keras import backend
 from gemma_keras import cache as kv_cache
 from gemma_keras.adapters import Adaptable
-from gemma_keras.attention import attend, soft_cap, visible
+from gemma_keras.attention import attend, soft_cap, visible, visible_before
 from gemma_keras.config import GemmaConfig
 from gemma_keras.distribution import layout_map
 from gemma_keras.geglu import geglu
@@ -156,7 +156,7 @@ class DecoderBlock(keras.layers.Layer):
             self.post_attention_norm.build(input_shape)
             self.post_ffw_norm.build(input_shape)
 
-    def call(self, x, table, mask, cache=None, noise=None):
+    def call(self, x, table, attention_mask, cache=None, noise=None):
         """`x` [B, T, D] after this block.
 
         `cache` is this layer's `LayerCache`, `noise` what dropout in adapters draws on.
@@ -164,7 +164,7 @@ class DecoderBlock(keras.layers.Layer):
         # Layers of this file are entered through `call`: they cast by themselves, and
         # what Keras does around it costs torch more than the arithmetic.
         mixed = self.attention.call(
-            self.pre_attention_norm.call(x), table, mask, cache=cache, noise=noise
+            self.pre_attention_norm.call(x), table, attention_mask, cache, noise
         )
         if self.config.use_post_norms:
             mixed = self.post_attention_norm.call(mixed)
@@ -261,8 +261,8 @@ class GemmaBackbone(Adaptable, Quantizable, keras.Model):
                 `token_ids`: integers [B, T]; or `embeddings`: floats [B, T, D], rows
                     of the embedding table, not yet scaled;
                 `padding_mask`: optional [B, T], true where there is a token;
-                `positions`: optional integers [B, T], counted from the padding mask
-                    or the segments if absent;
+                `positions`: optional integers [B, T], which increase along each row
+                    or segment; counted from the padding mask or the segments if absent;
                 `segment_ids`: optional integers [B, T]: tokens see only their own
                     segment, so several examples can share a row.
             cache: optional `Cache` of the tokens before these.
@@ -291,7 +291,7 @@ class GemmaBackbone(Adaptable, Quantizable, keras.Model):
 
     def _train_block(self, block, x, table, mask, noise):
         # A closure: TensorFlow's remat takes numbers only, which masks are not.
-        run = lambda x: block(x, table, mask, noise=noise)  # noqa: E731
+        run = lambda x: block(x, table, attention_mask=mask, noise=noise)  # noqa: E731
         if not self.remat:
             return run(x)
         # Quantised products have gradients of their own, which ours cannot go through.
@@ -362,15 +362,15 @@ class GemmaBackbone(Adaptable, Quantizable, keras.Model):
         windows = {"G": None, "L": self.config.sliding_window}
         if cache is not None:
             step = kv_cache.Step(cache, self.config.layer_kinds, keys, padding)
+            see = visible_before if step.first else visible
             masks = {
-                k: tuple(visible(positions, seen, windows[k]) for seen in step.seen[k])
+                k: tuple(see(positions, seen, windows[k]) for seen in step.seen[k])
                 for k in kinds
             }
             return positions, masks, step
-        masks = {k: visible(positions, keys, windows[k]) for k in kinds}
-        if segments is not None:
-            same = segments[:, :, None] == segments[:, None, :]
-            masks = {k: ops.logical_and(mask, same) for k, mask in masks.items()}
+        masks = {
+            k: visible_before(positions, keys, windows[k], segments) for k in kinds
+        }
         return positions, masks, None
 
     get_layout_map = staticmethod(layout_map)

@@ -630,6 +630,10 @@ def branch(condition, yes, no):
         no()
 
 
+# Whether operations run one after the other, as they are written.
+RUNS_IN_ORDER = NAME == "torch"
+
+
 def no_gradient():
     """A context within which torch keeps nothing for a backward pass."""
     return torch.no_grad() if NAME == "torch" else contextlib.nullcontext()

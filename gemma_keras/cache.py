@@ -106,7 +106,7 @@ def grow_cache(cache, config, capacity, spare=0):
 
     def grow_all(buffers):
         return tuple(
-            _each_part(lambda part, kind=kind: grow(part, 2, kind), buffer)
+            each_part(lambda part, kind=kind: grow(part, 2, kind), buffer)
             for buffer, kind in zip(buffers, kinds, strict=True)
         )
 
@@ -125,14 +125,14 @@ def take_rows(cache, rows):
         return ops.take(array, rows, axis=0)
 
     return Cache(
-        tuple(_each_part(take, keys) for keys in cache.keys),
-        tuple(_each_part(take, values) for values in cache.values),
+        tuple(each_part(take, keys) for keys in cache.keys),
+        tuple(each_part(take, values) for values in cache.values),
         {kind: take(p) for kind, p in cache.positions.items()},
         cache.length,
     )
 
 
-def _each_part(function, buffer):
+def each_part(function, buffer):
     """A function of tensors, applied to one or to both tensors of `Codes`."""
     if isinstance(buffer, Codes):
         return Codes(*map(function, buffer))
@@ -215,7 +215,7 @@ class LayerCache:
         if not self.place.apart:
             return
         key, value = (
-            _each_part(lambda part: backend.not_before(part, mixed), x)
+            each_part(lambda part: backend.not_before(part, mixed), x)
             for x in self._new
         )
         self.keys = self._write(self.keys, key)
@@ -247,13 +247,14 @@ class Step:
             cache has nothing of them yet, and on the right all alike.
 
     `layers` holds a `LayerCache` a layer, `seen` the positions [B, S] that go with each
-    part of the keys they return, for each layer kind.
+    part of the keys they return, for each layer kind; `first` tells whether these are
+    the first tokens of the cache, which see themselves alone.
     """
 
     def __init__(self, cache, layer_kinds, positions, padding_mask):
         length, tokens = cache.length, positions.shape[1]
         # One token alone goes the way of those that follow.
-        first = isinstance(length, int) and length == 0 and tokens > 1
+        self.first = first = isinstance(length, int) and length == 0 and tokens > 1
         count = tokens
         if padding_mask is not None and tokens > 1 and not first:
             count = ops.max(ops.sum(ops.cast(padding_mask, "int32"), axis=1))

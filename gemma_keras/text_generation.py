@@ -1,6 +1,7 @@
 """Text in, text out: stop strings, streaming and conversations over the `Engine`."""
 
 import dataclasses
+import time
 
 import keras
 import numpy as np
@@ -9,6 +10,9 @@ from gemma_keras import chat, generation, samplers, speculation
 
 # Between two looks for a stop string; what is decoded past it is thrown away.
 TOKENS_BETWEEN_CHECKS = 8
+# How far apart pieces of a stream may be: a program that runs for one token at a time
+# costs a tenth more, and nobody reads faster.
+SECONDS_BETWEEN_PIECES = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,11 +275,12 @@ class TextGenerator:
         """
         decoder = settings.decoder(self.engine, prompt, plan)
         characters = self.tokenizer.decode_stream()
-        held = HeldText(settings.stop)
+        held, pace = HeldText(settings.stop), Pace()
         told = 0
         try:
             while not held.stopped:
                 emitted = int(keras.ops.convert_to_numpy(state.emitted)[0])
+                pace.stop(emitted - told)
                 tokens = keras.ops.convert_to_numpy(state.tokens)[0, told:emitted]
                 told = emitted
                 kept = [i for i in tokens.tolist() if i not in settings.stop_token_ids]
@@ -284,13 +289,34 @@ class TextGenerator:
                     yield text
                 if keras.ops.convert_to_numpy(state.done)[0] or held.stopped:
                     break
-                state = decoder.advance(state, plan, emitted + 1)
+                state = decoder.advance(state, plan, emitted + pace.start())
             text = held.push(characters.flush()) + held.flush()
             if text:
                 yield text
         finally:
             if on_finish is not None:
                 on_finish(state)
+
+
+class Pace:
+    """How many tokens of a stream are decoded at once: as many as nobody waits for."""
+
+    def __init__(self):
+        self._tokens, self._begun = 1, None
+
+    def start(self):
+        """So many now, and their time is taken."""
+        self._begun = time.perf_counter()
+        return self._tokens
+
+    def stop(self, tokens):
+        """So many came."""
+        if self._begun is None:
+            return
+        each = (time.perf_counter() - self._begun) / max(tokens, 1)
+        # Never many more at once: the next ones may be slower.
+        most = min(2 * self._tokens, int(SECONDS_BETWEEN_PIECES / max(each, 1e-6)))
+        self._tokens = max(1, most)
 
 
 class HeldText:

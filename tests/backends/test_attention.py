@@ -7,7 +7,7 @@ from keras import ops
 from slopes import gradients, relative
 
 from gemma_keras import GemmaConfig, backend
-from gemma_keras.attention import attend, soft_cap, visible
+from gemma_keras.attention import attend, soft_cap, visible, visible_before
 from gemma_keras.cache import Codes
 
 
@@ -75,6 +75,43 @@ def test_missing_keys_are_invisible_and_their_order_does_not_matter():
     key = ops.convert_to_tensor(np.array([[-1, 4, 2, 5, 3]]))
     found = numpy(visible(query, key, window=2))
     np.testing.assert_array_equal(found[0, 0], [0, 1, 0, 0, 1])
+
+
+@pytest.mark.parametrize("window", [None, 40], ids=["global", "window"])
+def test_long_rows_are_attended_in_blocks_to_the_same_effect(window):
+    length, starts = 300, np.array([[0, 130], [0, 299]])
+    segments = (np.arange(length) >= starts[:, 1:]).astype("int32")
+    positions = np.arange(length) - np.take_along_axis(starts, segments, axis=1)
+    # The first row ends in padding.
+    keys = np.where(np.arange(length) < [[290], [300]], positions, -1)
+    positions, keys, segments = map(ops.convert_to_tensor, (positions, keys, segments))
+    blocks = visible_before(positions, keys, window, segments, in_blocks=True)
+    assert [(b.start, b.stop) for b in blocks] == [(0, 128), (128, 256), (256, 300)]
+    same = ops.equal(segments[:, :, None], segments[:, None, :])
+    whole = ops.logical_and(visible(positions, keys, window), same)
+    random = np.random.default_rng(3)
+    shapes = [(2, length, 4, 6), (2, 2, length, 6), (2, 2, length, 6)]
+    arrays = [random.normal(size=shape) for shape in shapes]
+    upstream = random.normal(size=(2, length, 24))
+    upstream[0, 290:] = 0.0
+    upstream = ops.convert_to_tensor(upstream, "float32")
+
+    def found(mask):
+        variable = keras.Variable(np.ones(()), dtype="float32")
+        tensors = [ops.convert_to_tensor(x, "float32") for x in arrays]
+        mixed = attend(*tensors, mask, config_of())
+        _, (*slopes, _) = gradients(
+            lambda *tensors: (
+                variable + ops.sum(attend(*tensors, mask, config_of()) * upstream)
+            ),
+            [x.astype("float32") for x in arrays],
+            variable,
+        )
+        # What padding sees does not matter.
+        return map(numpy, (mixed[0, :290], mixed[1], *slopes))
+
+    for one, other in zip(found(blocks), found(whole), strict=True):
+        assert relative(one, other) < 1e-5
 
 
 @pytest.mark.parametrize("cap", [None, 1.5], ids=["plain", "capped"])

@@ -140,7 +140,7 @@ def test_a_stream_is_the_answer_in_pieces(lm):
     pieces = list(lm.stream(PROMPT, max_new_tokens=20, **FREE))
     expected = lm.generate(PROMPT, max_new_tokens=20, strip_prompt=True, **FREE)
     assert "".join(pieces) == expected
-    assert len(pieces) > 5
+    assert len(pieces) > 3
 
 
 def test_a_stream_can_be_left_early(lm):

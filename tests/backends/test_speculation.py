@@ -11,7 +11,7 @@ import random_twin
 from keras import ops
 
 import gemma_keras
-from gemma_keras import backend, samplers
+from gemma_keras import backend, samplers, text_generation
 
 # No stop token, so that a random model says as much as it is asked to.
 FREE = {"stop_token_ids": (), "max_new_tokens": 64}
@@ -116,7 +116,8 @@ def test_answers_end_within_a_run_of_right_guesses(lm, lookup):
         assert "".join(pieces) == found.text
 
 
-def test_a_stream_gives_what_a_pass_gives(lm, lookup):
+def test_a_stream_gives_what_a_pass_gives(lm, lookup, monkeypatch):
+    monkeypatch.setattr(text_generation, "SECONDS_BETWEEN_PIECES", 0.0)
     expected = lm.generate(PROMPTS[0], strip_prompt=True, **FREE)
     pieces = list(lm.stream(PROMPTS[0], speculation="prompt_lookup", **FREE))
     assert "".join(pieces) == expected
