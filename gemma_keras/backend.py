@@ -21,7 +21,10 @@ import numpy as np
 from keras import ops
 
 from gemma_keras.buffers import aligned_copy
-from gemma_keras.compilation_cache import keep_programs_of_jax
+from gemma_keras.compilation_cache import (
+    keep_programs_of_jax,
+    keep_programs_of_tensorflow,
+)
 
 NAME = keras.backend.backend()
 
@@ -34,6 +37,8 @@ elif NAME == "torch":
     import torch
 elif NAME == "tensorflow":
     import tensorflow as tf
+
+    keep_programs_of_tensorflow(tf)
 else:
     raise ImportError(
         f"KERAS_BACKEND is {NAME!r}. gemma_keras runs on jax, torch and tensorflow: "

@@ -31,6 +31,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# TensorFlow would find none: it looks for a program by what was done before.
+os.environ.setdefault("GEMMA_KERAS_COMPILATION_CACHE", "off")
+
 # TensorFlow and torch bring copies of the same native libraries; where both get loaded
 # (transformers is the reference on every backend), torch has to come first.
 if importlib.util.find_spec("torch"):
