@@ -63,7 +63,7 @@ def visible_before(
     key_positions,
     window=None,
     segment_ids=None,
-    in_blocks=backend.RUNS_IN_ORDER,
+    in_blocks=not backend.COMPILES,
 ):
     """What tokens see of each other, if none sees what comes after it in its row.
 
@@ -78,29 +78,24 @@ def visible_before(
     Returns:
         A mask [B, T, T], or `Blocks`.
     """
+
+    def mask(rows, keys):
+        seen = visible(positions[:, rows], key_positions[:, keys], window)
+        if segment_ids is None:
+            return seen
+        same = segment_ids[:, rows, None] == segment_ids[:, None, keys]
+        return ops.logical_and(seen, same)
+
     length = positions.shape[1]
-    size = length and max(-(-length // _MOST_BLOCKS), _LEAST_QUERIES)
-    if not in_blocks or length is None or length <= size:
-        return _visible_in_segment(positions, key_positions, window, segment_ids)
-    blocks = Blocks()
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        rows, keys = slice(start, stop), slice(0, stop)
-        mask = _visible_in_segment(
-            positions, key_positions, window, segment_ids, rows, keys
-        )
-        blocks.append(Block(start, stop, mask))
-    return blocks
-
-
-def _visible_in_segment(
-    positions, key_positions, window, segments, rows=slice(None), keys=slice(None)
-):
-    mask = visible(positions[:, rows], key_positions[:, keys], window)
-    if segments is None:
-        return mask
-    same = segments[:, rows, None] == segments[:, None, keys]
-    return ops.logical_and(mask, same)
+    if not in_blocks or length <= _LEAST_QUERIES:
+        return mask(slice(None), slice(None))
+    size = max(-(-length // _MOST_BLOCKS), _LEAST_QUERIES)
+    stops = [min(start + size, length) for start in range(0, length, size)]
+    starts = [0, *stops[:-1]]
+    return Blocks(
+        Block(start, stop, mask(slice(start, stop), slice(stop)))
+        for start, stop in zip(starts, stops, strict=True)
+    )
 
 
 def soft_cap(x, cap):

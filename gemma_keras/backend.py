@@ -635,8 +635,9 @@ def branch(condition, yes, no):
         no()
 
 
-# Whether operations run one after the other, as they are written.
-RUNS_IN_ORDER = NAME == "torch"
+# Whether programs are compiled, by XLA, and have to know all shapes beforehand.
+# Otherwise operations run as they are written, one after the other.
+COMPILES = NAME != "torch"
 
 
 def no_gradient():

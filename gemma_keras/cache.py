@@ -264,7 +264,7 @@ class Step:
         for kind in sorted(slots):
             ring = slots[kind] < slots.get("G", math.inf)
             # Only a ring would lose what the first of several tokens may still see.
-            apart = not first and (backend.NAME != "torch" or (ring and tokens > 1))
+            apart = not first and (backend.COMPILES or (ring and tokens > 1))
             place = places[kind] = Place(length, count, first, ring, apart)
             old, self.seen[kind] = place.seen(cache.positions[kind], positions, axis=1)
             if apart:

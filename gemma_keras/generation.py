@@ -82,17 +82,15 @@ def check_kv_cache_dtype(value):
     return value
 
 
-# Whether a program is compiled for shapes, and has to know them beforehand.
-STATIC = backend.NAME != "torch"
-# Where it is, prompts are read in chunks of two sizes, whatever their length: large
-# ones while more than half of one is left, then small ones. Where it is not, as they
-# are, but for long ones, whose scores of attention would take much memory.
+# Where programs are compiled, prompts are read in chunks of two sizes, whatever their
+# length: large ones while more than half of one is left, then small ones. Elsewhere as
+# they are, but for long ones, whose scores of attention would take much memory.
 LARGE_CHUNK, SMALL_CHUNK, LONG = 256, 64, 1024
 
 
 def _chunks(width):
     """`(size, least)`: sizes of chunks, each while at least so much is left to read."""
-    if not STATIC:
+    if not backend.COMPILES:
         return ((LONG, LONG), (width % LONG, 1)) if width % LONG else ((LONG, LONG),)
     small = (SMALL_CHUNK, 1)
     if width <= LARGE_CHUNK:
@@ -103,7 +101,7 @@ def _chunks(width):
 def _capacity(used, length, plan):
     """Slots for so many tokens before a prompt, the prompt, and the answer."""
     room = used + length + int(max(plan.limits)) + plan.ahead
-    if STATIC:
+    if backend.COMPILES:
         # The last chunk may reach past the prompt.
         size = LARGE_CHUNK if length % LARGE_CHUNK > LARGE_CHUNK // 2 else SMALL_CHUNK
         room = max(room, used + -(-length // size) * size)
@@ -235,7 +233,7 @@ class Engine:
     def _feed(self, state, prompts, plan):
         """Read prompts that follow what the rows of `state` have."""
         length = max(len(prompt) for prompt in prompts)
-        shape = (len(prompts), state.tokens.shape[1] if STATIC else length)
+        shape = (len(prompts), state.tokens.shape[1] if backend.COMPILES else length)
         tokens, mask = np.zeros(shape, "int32"), np.zeros(shape, bool)
         for row, prompt in enumerate(prompts):
             tokens[row, length - len(prompt) : length] = prompt
@@ -250,7 +248,7 @@ class Engine:
         cache = kv_cache.make_cache(
             backbone.config, rows, capacity, self._cache_dtype(), spare
         )
-        if STATIC:
+        if backend.COMPILES:
             cache = cache._replace(length=backend.counter(0))
         tokens, log_probs = _blank_answer(rows, capacity)
         shape = (rows, backbone.config.hidden_dim)

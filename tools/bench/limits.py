@@ -13,9 +13,6 @@ import time
 
 import models
 
-# Spans that are timed, of which the best counts, and most tokens in each.
-CALLS, SPAN = 2, 32
-
 
 def matrices(config):
     """Shape [in, out] of every matrix, and how many of it the layers have; the head.
@@ -53,8 +50,14 @@ class Limit:
     def load(self):
         """Nothing: matrices are made when they are multiplied."""
 
-    def seconds(self, rows, head_rows):
+    def seconds(self, rows, head_rows, tokens, spans):
         """Least seconds for `rows` through the layers and `head_rows` through the head.
+
+        Args:
+            rows: of the layers' products.
+            head_rows: of the head's.
+            tokens: how often all of it is done in a span.
+            spans: how many are timed; the best counts.
 
         Returns:
             Seconds, and for each shape the way that was best.
@@ -67,16 +70,16 @@ class Limit:
         chosen["head"], run = self._best(head_rows, *self.head, 1)
         runs.append(run)
 
-        def tokens(count):
+        def seconds_each(count):
             start = time.perf_counter()
             for _ in range(count):
                 for run in runs:
                     run()
             return (time.perf_counter() - start) / count
 
-        # A prompt is timed once, tokens in spans.
-        count = min(SPAN, max(1, int(1.0 / tokens(1))))
-        return min(tokens(count) for _ in range(CALLS)), chosen
+        # What takes a second by itself needs no company.
+        count = min(tokens, max(1, int(1.0 / seconds_each(1))))
+        return min(seconds_each(count) for _ in range(spans)), chosen
 
     def _best(self, rows, inputs, outputs, count):
         """The fastest way's name, and what runs all products of a shape in it."""
