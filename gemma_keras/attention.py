@@ -161,12 +161,29 @@ def _attend(query, keys, values, masks, config):
         mixed = backend.with_gradient(
             core.value_and_kept, core.gradient, query, keys[0], values[0], masks[0]
         )
+    elif _torch_attends(query, keys, length, config):
+        mixed = backend.torch_attention(query, keys[0], values[0], masks[0])
     else:
         mixed = core.value(query, keys, values, masks)
     mixed = ops.cast(mixed, dtype) if coded else mixed
     mixed = ops.reshape(mixed, (-1, config.num_kv_heads, groups, length, size))
     mixed = ops.transpose(mixed, (0, 3, 1, 2, 4))
     return ops.reshape(mixed, (-1, length, heads * size))
+
+
+def _torch_attends(query, keys, length, config):
+    """Whether torch's own attention is the one to call: for a token in bfloat16.
+
+    It is slower where there are many queries, or key heads.
+    """
+    return (
+        length == 1
+        and len(keys) == 1
+        and not isinstance(keys[0], Codes)
+        and config.num_kv_heads <= 4
+        and config.attn_logit_soft_cap is None
+        and backend.torch_attention_serves(query)
+    )
 
 
 class _Core:

@@ -52,31 +52,31 @@ class RMSNorm(keras.layers.Layer):
         )
 
     def call(self, x):
-        x = ops.cast(x, "float32")
-        variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
-        x = x * ops.rsqrt(variance + self.epsilon)
-        # 1 + scale before the downcast: Llama rounds first.
-        return ops.cast(x * (1.0 + ops.cast(self.scale, "float32")), self.compute_dtype)
+        # The product with 1 + scale before the downcast: Llama rounds first.
+        x = backend.rms_norm(x, self.scale, self.epsilon)
+        return ops.cast(x, self.compute_dtype)
 
 
 def rotary_table(positions, head_dim, theta, scaling_factor=1.0):
-    """Cosines and sines [B, T, 1, H/2] of the angles at integer `positions` [B, T].
+    """What `rotate` multiplies with at integer `positions` [B, T], two of [B, T, 1, H].
 
+    They are the cosines of the angles, twice, and their sines, negative and positive.
     Always float32: bfloat16 cannot tell position 257 from 256.
     """
     exponents = np.arange(0, head_dim, 2, dtype="float64") / head_dim
     frequencies = (1.0 / (theta**exponents * scaling_factor)).astype("float32")
     frequencies = ops.convert_to_tensor(frequencies)
     angles = ops.cast(positions, "float32")[..., None, None] * frequencies
-    return ops.cos(angles), ops.sin(angles)
+    cos, sin = ops.cos(angles), ops.sin(angles)
+    return ops.concatenate([cos, cos], axis=-1), ops.concatenate([-sin, sin], axis=-1)
 
 
 def rotate(x, table):
     """Rotate the half-split pairs (j, j + H/2) of `x` [B, T, heads, H]."""
     cos, sin = table
-    first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return ops.cast(ops.concatenate(rotated, axis=-1), x.dtype)
+    wide = ops.cast(x, "float32")
+    swapped = ops.roll(wide, x.shape[-1] // 2, axis=-1)
+    return ops.cast(wide * cos + swapped * sin, x.dtype)
 
 
 class Attention(keras.layers.Layer):

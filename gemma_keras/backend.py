@@ -8,6 +8,8 @@ import contextvars
 import ctypes
 import functools
 import importlib.metadata
+import math
+import operator
 import os
 import pathlib
 import random
@@ -196,6 +198,24 @@ def row_products(x, y):
     return batch_matmul(x, ops.swapaxes(y, -1, -2))
 
 
+def torch_attention_serves(query):
+    """Whether `torch_attention` is faster than single operations, for few queries."""
+    return (
+        NAME == "torch"
+        and _in_program.get()
+        and query.dtype == torch.bfloat16
+        and query.device.type == "cpu"
+        and _multiplies_on_cpu(query.dtype)
+    )
+
+
+def torch_attention(query, key, value, mask):
+    """Softmax(q k^T) v; query [B, K, R, H], the others [B, K, S, H], mask broadcast."""
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, scale=1.0
+    )
+
+
 def _torch_is_slow_in(x):
     """Whether torch has no fast kernel: narrow floats, and a CPU that lacks them."""
     return (
@@ -367,6 +387,23 @@ def packed_product(x, packed, group_size):
     if scales.ndim == 1:
         return torch._weight_int8pack_mm(x, codes, scales)
     return torch._weight_int4pack_mm_for_cpu(x, codes, group_size, scales)
+
+
+def rms_norm(x, scale, epsilon):
+    """`x` [..., D] by the root of its mean square, times 1 + `scale` [D]: float32.
+
+    `epsilon` is added to the mean square over the last axis.
+    """
+    if NAME == "torch" and _in_program.get():
+        # Half of the operations, each of which takes a while to say. Not where there is
+        # a gradient: a norm of zeros has none.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        root = math.sqrt(x.shape[-1])
+        norm = torch.hypot(norm, norm.new_full((1,), root * math.sqrt(epsilon)))
+        return x / norm * ((1.0 + ops.cast(scale, "float32")) * root)
+    x = ops.cast(x, "float32")
+    variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
+    return x * ops.rsqrt(variance + epsilon) * (1.0 + ops.cast(scale, "float32"))
 
 
 def in_bfloat16_program(x):
@@ -1029,7 +1066,7 @@ class Step:
         run, results = self._recorded[key]
         # Not kept: `fit` and others may put another tensor in a variable.
         values = [variable.value for variable in self.variables]
-        found = run(*values, *map(torch.as_tensor, leaves))
+        found = run(values, [*map(torch.as_tensor, leaves)])
         return torch.utils._pytree.tree_unflatten(list(found), results)
 
     def _record(self, leaves, structure):
@@ -1056,14 +1093,15 @@ class Step:
                 flat, (*values, *map(torch.as_tensor, leaves)), check_trace=False
             )
         _simplify(run.graph)
-        return run, told[-1]
+        return _Recorded(run.graph, len(values)), told[-1]
 
 
 @functools.cache
 def _can_record():
     # Old, and in part not what torch promises: a later one may be without.
     passes = ("inline", "constant_propagation", "dce")
-    there = all(hasattr(torch._C, f"_jit_pass_{name}") for name in passes)
+    names = [*(f"_jit_pass_{name}" for name in passes), "_create_function_from_graph"]
+    there = all(hasattr(torch._C, name) for name in names)
     return there and hasattr(torch.jit, "trace")
 
 
@@ -1087,6 +1125,86 @@ def _simplify(graph):
     graph.setInsertPoint(graph.return_node())
     torch._C._jit_pass_constant_propagation(graph)
     torch._C._jit_pass_dce(graph)
+
+
+class _Recorded:
+    """A recorded graph, called with the weights and the other arguments.
+
+    What it computes from weights alone, such as 1 + scale of a norm, is computed once,
+    and again when one of those weights is another tensor, or was changed in place.
+    """
+
+    # Elements of a tensor that is kept: no matrix in another dtype.
+    MOST = 2**16
+
+    def __init__(self, graph, count):
+        """Of a graph whose first `count` inputs are weights; it is changed."""
+        self._before, self._places = self._divide(graph, count)
+        self._run = torch._C._create_function_from_graph("step", graph)
+        self._weights = self._versions = self._early = None
+
+    def __call__(self, weights, arguments):
+        used = [weights[place] for place in self._places]
+        versions = [weight._version for weight in used]
+        if versions != self._versions or any(map(operator.is_not, used, self._weights)):
+            early = self._before(*weights)
+            self._early = early if isinstance(early, tuple) else (early,)
+            # Kept, so that no other tensor gets to lie where one of them was.
+            self._weights, self._versions = used, versions
+        return self._run(*weights, *arguments, *self._early)
+
+    def _divide(self, graph, count):
+        """Moves from a graph what needs nothing but its first `count` inputs.
+
+        Returns:
+            A function of these inputs to what `graph` takes from now on after its own;
+            and the places of those inputs that matter to it.
+        """
+        before, copies = torch._C.Graph(), {}
+        weights, constants, moved = set(), set(), {}
+        for value in list(graph.inputs())[:count]:
+            copies[value.unique()] = copy = before.addInput()
+            copy.setType(value.type())
+            weights.add(value.unique())
+        for node in graph.nodes():
+            inputs = {value.unique() for value in node.inputs()}
+            constant = node.kind() == "prim::Constant"
+            known = weights | moved.keys()
+            if not constant:
+                if not (inputs & known and inputs <= known | constants):
+                    continue
+                if not self._may_move(node):
+                    continue
+            clone = before.createClone(node, lambda x: copies[x.unique()])
+            output = node.output()
+            copies[output.unique()] = before.appendNode(clone).output()
+            if constant:
+                constants.add(output.unique())
+            else:
+                moved[output.unique()] = output
+        for value in moved.values():
+            users = [list(use.user.outputs()) for use in value.uses()]
+            if all(user and user[0].unique() in moved for user in users):
+                continue
+            before.registerOutput(copies[value.unique()])
+            argument = graph.addInput()
+            argument.setType(value.type())
+            value.replaceAllUsesWith(argument)
+        before.makeMultiOutputIntoTuple()
+        for each in (before, graph):
+            torch._C._jit_pass_dce(each)
+        places = [place for place, x in enumerate(before.inputs()) if x.uses()]
+        return torch._C._create_function_from_graph("before", before), places
+
+    def _may_move(self, node):
+        """Whether a node computes one small tensor, and does nothing else."""
+        if not node.kind().startswith("aten::") or node.kind().endswith("_"):
+            return False
+        if node.outputsSize() != 1 or node.isNondeterministic():
+            return False
+        found = node.output().type()
+        sizes = found.sizes() if isinstance(found, torch._C.TensorType) else None
+        return sizes is not None and math.prod(sizes) <= self.MOST
 
 
 def _array_to_torch(x):

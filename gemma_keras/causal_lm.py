@@ -1,5 +1,6 @@
 """`GemmaCausalLM`: text in, text out, and `fit()` on text."""
 
+import dataclasses
 import pathlib
 import tempfile
 
@@ -373,6 +374,7 @@ class GemmaCausalLM(Adaptation, trainer.TokenTrainer):
             seed=seed,
             speculation=speculation,
         )
+        settings = dataclasses.replace(settings, return_log_probs=return_log_probs)
         if prompt_cache is not None and isinstance(
             settings.sampler, samplers.BeamSampler
         ):

@@ -24,7 +24,7 @@ class State(NamedTuple):
 
     cache: kv_cache.Cache
     tokens: Any  # int32 [B, capacity]: the answer so far
-    log_probs: Any  # float32 [B, capacity], of each of these tokens
+    log_probs: Any  # float32 [B, capacity], of each of them, or zeros
     emitted: Any  # int32 [B]: how many of them count, stop token included
     done: Any  # bool [B]
     position: Any  # int32 [B]: of the last token, counted in its row
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
         return self.controls, self.stop_ids, self.limits
 
 
-def make_plan(sampler, limits, stop_token_ids, seed=None, ahead=0):
+def make_plan(sampler, limits, stop_token_ids, seed=None, ahead=0, log_probs=False):
     """The `Plan` for a sampler, limits for each row, and ids that end an answer."""
     stop_token_ids = sorted({int(i) for i in stop_token_ids})
     if len(stop_token_ids) > MAX_STOP_IDS:
@@ -64,7 +64,7 @@ def make_plan(sampler, limits, stop_token_ids, seed=None, ahead=0):
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
         raise ValueError(f"seed must be an integer from 0 to 2**31 - 1, got {seed!r}.")
     return Plan(
-        samplers.features(sampler),
+        samplers.features(sampler, log_probs),
         samplers.controls(sampler, seed),
         stop_ids,
         np.asarray(limits, "int32"),
@@ -438,8 +438,7 @@ class Engine:
         if features.random and noise is None:
             noise = self.noise(state, controls)
         token = samplers.choose(logits, controls, features, state.seen, noise)
-        chosen = ops.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-        log_prob = chosen - ops.logsumexp(logits, axis=-1)
+        log_prob = samplers.log_probs(logits, token, features)
         if features.penalty:
             fresh = ops.logical_not(state.done)[:, None]
             seen = self.mark(state.seen, token[:, None], fresh)

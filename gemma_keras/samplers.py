@@ -181,26 +181,28 @@ def get(sampler):
 
 
 class Features(NamedTuple):
-    """What a program must be able to do; everything else about a sampler is data."""
+    """What a program must be able to do; everything else that is asked for is data."""
 
     random: bool = False
     top_k: bool = False
     top_p: bool = False
     min_p: bool = False
     penalty: bool = False
+    log_probs: bool = False
 
 
-def features(sampler):
-    """The `Features` that this sampler needs."""
+def features(sampler, log_probs=False):
+    """The `Features` that this sampler needs, with log-probabilities or without."""
     penalty = sampler.repetition_penalty not in (None, 1.0)
     if sampler.greedy:
-        return Features(penalty=penalty)
+        return Features(penalty=penalty, log_probs=log_probs)
     return Features(
         random=True,
         top_k=sampler.top_k is not None,
         top_p=sampler.top_p not in (None, 1.0),
         min_p=bool(sampler.min_p),
         penalty=penalty,
+        log_probs=log_probs,
     )
 
 
@@ -270,3 +272,14 @@ def choose(logits, controls, features, seen=None, noise=None):
     if features.random:
         logits = logits + noise
     return ops.cast(ops.argmax(logits, axis=-1), "int32")
+
+
+def log_probs(logits, tokens, features):
+    """Log-probabilities of tokens [R] under logits [R, V]; zeros if nobody asks.
+
+    They take longer than the choice of a token: a pass over the whole vocabulary.
+    """
+    if not features.log_probs:
+        return ops.zeros(tokens.shape, dtype="float32")
+    chosen = ops.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    return chosen - ops.logsumexp(logits, axis=-1)

@@ -199,7 +199,7 @@ class Draft:
         self.engine, self.num_tokens = engine, num_tokens
         self.prompt, self.answer = list(prompt), []
         # Guesses that a repetition penalty would change are wrong, not harmful.
-        features = plan.features._replace(penalty=False)
+        features = plan.features._replace(penalty=False, log_probs=False)
         stop_ids = np.full_like(plan.stop_ids, -1)
         self.plan = plan._replace(features=features, stop_ids=stop_ids)
         self._state = None
@@ -365,8 +365,7 @@ def _verifier(engine, features):
             seen = ops.repeat(seen, width, axis=0)
             seen = engine.mark(seen, ops.repeat(drafts, width, axis=0), before)
         tokens = samplers.choose(logits, controls, features, seen, noise)
-        chosen = ops.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
-        log_probs = chosen - ops.logsumexp(logits, axis=-1)
+        log_probs = samplers.log_probs(logits, tokens, features)
         ends = ops.any(tokens[:, None] == stop_ids[None], axis=1)
         fails = ops.logical_or(tokens[:-1] != drafts[0], ends[:-1])
         passed = ops.cumsum(ops.cast(fails, "int32")) == 0

@@ -42,12 +42,18 @@ class Settings:
     stop_token_ids: tuple
     seed: int | None
     speculation: speculation.Speculation | None
+    return_log_probs: bool = False
 
     def plan(self, limits):
         """The `Plan` for prompts with these limits."""
         ahead = self.speculation.num_tokens if self.speculation else 0
         return generation.make_plan(
-            self.sampler, limits, self.stop_token_ids, self.seed, ahead
+            self.sampler,
+            limits,
+            self.stop_token_ids,
+            self.seed,
+            ahead,
+            self.return_log_probs,
         )
 
     def decoder(self, engine, prompt, plan):

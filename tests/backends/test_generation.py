@@ -47,15 +47,21 @@ def test_256_greedy_tokens_are_the_likeliest_of_one_forward_pass(lm):
 
 
 @pytest.mark.skipif(backend.NAME != "torch", reason="torch alone records its steps")
-def test_a_recorded_step_sees_what_changes(new_lm, monkeypatch):
+@pytest.mark.parametrize("name", ["kernel", "norm", "norm in place"])
+def test_a_recorded_step_sees_what_changes(name, new_lm, monkeypatch):
     """Weights that are trained, and another sampler's settings, in the same record."""
     lm, plain = new_lm(), new_lm()
     monkeypatch.setattr(backend.Step, "PATIENCE", 2)
     options = {"sampler": samplers.TopKSampler(5), "seed": 3, **FREE}
     texts = [lm.generate(PROMPT, max_new_tokens=8, **options)]
     for model in (lm, plain):
-        kernel = model.backbone.blocks[0].ffw_gating.kernel
-        kernel.assign(2 * kernel)
+        block = model.backbone.blocks[0]
+        if name == "kernel":
+            block.ffw_gating.kernel.assign(2 * block.ffw_gating.kernel)
+        elif name == "norm":
+            block.pre_ffw_norm.scale._value = block.pre_ffw_norm.scale.value + 3.0
+        else:
+            block.pre_ffw_norm.scale.value.data.add_(3.0)
     options["sampler"] = samplers.TopKSampler(3, temperature=0.5)
     texts.append(lm.generate(PROMPT, max_new_tokens=8, **options))
     steps = [p for key, p in lm.engine._programs.items() if key[0] == "step"]
