@@ -103,7 +103,7 @@ def soft_cap(x, cap):
     return x if cap is None else cap * ops.tanh(x / cap)
 
 
-def attend(query, key, value, mask, config):
+def attend(query, key, value, mask, config, used=None):
     """Softmax attention with K key heads, each shared by G query heads.
 
     Args:
@@ -113,6 +113,8 @@ def attend(query, key, value, mask, config):
         mask: bool, broadcastable to [B, T, S], or `Blocks` of it. Where keys are in
             several parts, these three are tuples.
         config: a `GemmaConfig`, for the head counts, the scale and the soft cap.
+        used: how many keys of the first of two parts there are; what comes after them
+            is hidden by the mask, and need not be looked at. None: perhaps all.
 
     Returns:
         [B, T, N * H], in the dtype of `value`, or of `query` beside `Codes`.
@@ -122,7 +124,7 @@ def attend(query, key, value, mask, config):
         parts = (key,), (value,), (mask,)
     if isinstance(parts[2][0], Blocks):
         return _attend_in_blocks(query, *(part[0] for part in parts), config)
-    return _attend(query, *parts, config)
+    return _attend(query, *parts, config, used)
 
 
 def _attend_in_blocks(query, key, value, blocks, config):
@@ -137,7 +139,7 @@ def _first(buffer, stop):
     return each_part(lambda part: part[:, :, :stop], buffer)
 
 
-def _attend(query, keys, values, masks, config):
+def _attend(query, keys, values, masks, config, used=None):
     length, heads, size = query.shape[1:]
     groups = heads // config.num_kv_heads
     coded, dtype = isinstance(keys[0], Codes), query.dtype
@@ -163,12 +165,23 @@ def _attend(query, keys, values, masks, config):
         )
     elif _torch_attends(query, keys, length, config):
         mixed = backend.torch_attention(query, keys[0], values[0], masks[0])
+    elif used is not None and length >= _MANY_QUERIES and _key_block(masks[0]):
+        mixed = core.value_of_used(query, keys, values, masks, used)
     else:
         mixed = core.value(query, keys, values, masks)
     mixed = ops.cast(mixed, dtype) if coded else mixed
     mixed = ops.reshape(mixed, (-1, config.num_kv_heads, groups, length, size))
     mixed = ops.transpose(mixed, (0, 3, 1, 2, 4))
     return ops.reshape(mixed, (-1, length, heads * size))
+
+
+# From so many on queries look at keys block by block, as far as there are any.
+_MANY_QUERIES = 32
+
+
+def _key_block(mask):
+    """Keys in a block of a buffer, for its mask; 0 where it has no equal blocks."""
+    return next((size for size in (256, 128) if mask.shape[-1] % size == 0), 0)
 
 
 def _torch_attends(query, keys, length, config):
@@ -212,6 +225,39 @@ class _Core:
             weights = [part / total for part in powers]
         parts = zip(weights, values, strict=True)
         return sum(self._mix(part, value) for part, value in parts)
+
+    def value_of_used(self, query, keys, values, masks, used):
+        """The same of two parts, without what follows the first `used` of the first.
+
+        One block of keys after the other, with sums that are corrected when a larger
+        score is found (Milakov and Gimelshein 2018).
+        """
+        size = _key_block(masks[0])
+        scores = self._scores(query, keys[1], masks[1])
+        top = ops.max(scores, axis=-1, keepdims=True)
+        powers = ops.exp(scores - top)
+        total = ops.sum(powers, axis=-1, keepdims=True)
+        mixed = ops.cast(self._mix(powers, values[1]), "float32")
+
+        def block(part, start, axis=2):
+            return backend.read_slots(part, start, axis, size)
+
+        def more(state):
+            start, top, total, mixed = state
+            key, value = (
+                each_part(lambda part: block(part, start), x)
+                for x in (keys[0], values[0])
+            )
+            scores = self._scores(query, key, block(masks[0], start, axis=3))
+            higher = ops.maximum(top, ops.max(scores, axis=-1, keepdims=True))
+            powers, share = ops.exp(scores - higher), ops.exp(top - higher)
+            total = total * share + ops.sum(powers, axis=-1, keepdims=True)
+            mixed = mixed * share + ops.cast(self._mix(powers, value), "float32")
+            return start + size, higher, total, mixed
+
+        state = backend.counter(0), top, total, mixed
+        *_, total, mixed = backend.loop(lambda state: state[0] < used, more, state)
+        return ops.cast(mixed / total, query.dtype)
 
     def _mix(self, weights, value):
         return backend.batch_matmul(ops.cast(weights, value.dtype), value)

@@ -121,7 +121,8 @@ class Attention(keras.layers.Layer):
         key, value = ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
         if cache is not None:
             key, value = cache.seen(key, value)
-        mixed = attend(query, key, value, mask, config)
+        used = None if cache is None else cache.used
+        mixed = attend(query, key, value, mask, config, used)
         if cache is not None:
             cache.store(mixed)
         return self.attention_output(mixed, noise)

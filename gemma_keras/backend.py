@@ -116,6 +116,8 @@ def matmul(x, kernel, transposed=False):
         return _matmul_bfloat16(x, kernel, transposed)
     if _torch_is_slow_in(x):
         return _matmul_widened(x, kernel.T if transposed else kernel)
+    if _onednn_is_faster(x, kernel, transposed):
+        return _matmul_onednn(x, kernel.T if transposed else kernel)
     if _torch_would_use_one_core(x):
         return _matmul_few_rows(x, kernel, transposed)
     if NAME == "tensorflow":
@@ -290,6 +292,83 @@ if NAME == "torch":
                 else:
                     slope_of_kernel = rows.float().T @ upstream.float()
                 slope_of_kernel = slope_of_kernel.to(kernel.dtype)
+            return slope, slope_of_kernel
+
+
+def _onednn_is_faster(x, kernel, transposed):
+    """Whether torch should multiply with oneDNN what it would with MKL, in float32.
+
+    MKL does not use AVX-512 on AMD's processors: oneDNN is twice as fast there, with
+    few rows and with many, but for the few rows that decoding brings to the head
+    (measured in tools/bench/LOG.md). Not for LoRA's factors, which are narrow.
+    """
+    if NAME != "torch" or x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    if not _has_onednn() or min(kernel.shape) < 64:
+        return False
+    return not (transposed and _in_program.get() and x.numel() <= 4 * x.shape[-1])
+
+
+@functools.cache
+def _has_onednn():
+    # The operation is not part of what torch promises.
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+
+
+def _matmul_onednn(x, kernel):
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad):
+        product = _OneDNN.apply(rows, kernel)
+    else:
+        product = _onednn_product(rows, kernel)
+    return product.reshape(*x.shape[:-1], -1)
+
+
+def _onednn_product(rows, kernel):
+    if torch.jit.is_tracing():
+        return _onednn_recorded()(rows, kernel.T)
+    multiply = torch.ops.mkldnn._linear_pointwise
+    return multiply(rows, kernel.T, None, "none", [], "")
+
+
+@functools.cache
+def _onednn_recorded():
+    """The same product as a graph: its empty list is nothing that can be recorded."""
+    graph = torch._C.parse_ir("""
+        graph(%x : Tensor, %matrix : Tensor):
+          %none : NoneType = prim::Constant()
+          %kind : str = prim::Constant[value="none"]()
+          %numbers : Scalar?[] = prim::ListConstruct()
+          %product : Tensor = mkldnn::_linear_pointwise(
+              %x, %matrix, %none, %kind, %numbers, %none)
+          return (%product)""")
+    return torch._C._create_function_from_graph("product", graph)
+
+
+if NAME == "torch":
+
+    class _OneDNN(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, rows, kernel):
+            ctx.save_for_backward(rows if kernel.requires_grad else None, kernel)
+            return _onednn_product(rows, kernel)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            rows, kernel = ctx.saved_tensors
+            slope = slope_of_kernel = None
+            if ctx.needs_input_grad[0]:
+                slope = _onednn_product(upstream, kernel.T)
+            if ctx.needs_input_grad[1]:
+                # Made as the kernel lies in memory, as its optimizer's state does.
+                if kernel.stride(0) == 1:
+                    slope_of_kernel = _onednn_product(upstream.T, rows).T
+                else:
+                    slope_of_kernel = _onednn_product(rows.T, upstream)
             return slope, slope_of_kernel
 
 

@@ -182,7 +182,13 @@ class Place(NamedTuple):
         if self.apart:
             return buffer, (buffer, new)
         buffer = write(buffer, new, self, axis)
-        return buffer, (new if self.first else buffer,)
+        if self.first:
+            return buffer, (new,)
+        tokens = new.shape[axis]
+        if tokens > 1 and not self.ring and isinstance(self.length, int):
+            # Without the slots that are empty, where shapes may differ.
+            return buffer, (backend.read_slots(buffer, 0, axis, self.length + tokens),)
+        return buffer, (buffer,)
 
 
 class LayerCache:
@@ -206,6 +212,14 @@ class LayerCache:
         self.values, values = self._see(self.values, value)
         self._new = keys[-1], values[-1]
         return keys, values
+
+    @property
+    def used(self):
+        """How many slots hold tokens, where these are seen apart; None elsewhere."""
+        if not self.place.apart:
+            return None
+        buffer = self.keys[0] if isinstance(self.keys, Codes) else self.keys
+        return backend.least(self.place.length, buffer.shape[2])
 
     def store(self, mixed):
         """Write what is not written yet, after `mixed` was made of what was seen.

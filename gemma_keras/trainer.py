@@ -193,9 +193,9 @@ class TokenTrainer(keras.Model):
         # Keras empties the variables and keeps their values in `fit` alone, where an
         # exception before the first step is done would lose them.
         state = super()._get_jax_state(**wanted)
+        names = [name for name in _GROUPS if wanted.get(name)]
+        vars(self)["_jax_state"] = dict(zip(names, state, strict=True))
         if purge_model_variables:
-            names = [name for name in _GROUPS if wanted.get(name)]
-            vars(self)["_jax_state"] = dict(zip(names, state, strict=True))
             self._jax_state_synced = False
             self._purge_model_variables(**wanted)
         return state
@@ -223,9 +223,9 @@ class TokenTrainer(keras.Model):
 
     @contextlib.contextmanager
     def _whole_after_failure(self):
-        """On JAX, brings the weights back that Keras' loops leave away when they fail.
+        """On JAX, brings the weights back that Keras leaves away when a step fails.
 
-        `fit` does so itself; `evaluate` and `predict` do not.
+        `fit` does so itself; the others do not.
         """
         try:
             yield
@@ -402,6 +402,11 @@ class TokenTrainer(keras.Model):
             x, y, weight, self.preprocessor, batch_rows=batch_rows
         )
         return x if y is None else (x, y, weight)
+
+    def train_on_batch(self, *args, **kwargs):
+        """One step, as `keras.Model.train_on_batch`."""
+        with self._whole_after_failure():
+            return super().train_on_batch(*args, **kwargs)
 
     def evaluate(self, x=None, y=None, *, sample_weight=None, **kwargs):
         """Loss and metrics, as `keras.Model.evaluate`; inputs as in `fit`."""

@@ -400,6 +400,7 @@ class Checkpoints(StepCallback):
         else:
             path = snapshots.newest(self.folder, say=self.say)
         if path is None:
+            self._remove_after(0)
             return 0
         done = snapshots.step_of(path)
         with snapshots.variables(path) as (names, read):
@@ -411,10 +412,16 @@ class Checkpoints(StepCallback):
         for name, callback in self._by_name().items():
             callback.start = done
             callback.set_state(held["callbacks"].get(name, {}))
-        for other in snapshots.every(self.folder):
-            if snapshots.step_of(other) > done:
-                snapshots.remove(other)
+        self._remove_after(done)
         return done
+
+    def _remove_after(self, done):
+        """Removes the snapshots of later steps, none of which is whole."""
+        later = [x for x in snapshots.every(self.folder) if snapshots.step_of(x) > done]
+        for path in later:
+            snapshots.remove(path)
+        if later and not done:
+            self.say(f"No checkpoint in {self.folder} is whole: this begins anew.")
 
     def _by_name(self):
         """The callbacks by what a snapshot calls them: their class, and which of it."""

@@ -271,6 +271,29 @@ def test_callbacks_of_one_class_keep_their_own_states(tmp_path, monkeypatch):
 
 
 @pytest.mark.any_backend
+def test_a_run_whose_checkpoints_are_all_torn_begins_anew_and_keeps_its_own(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(state, "first_bad", lambda lm: None)
+    monkeypatch.setattr(state, "collect", lambda lm: {})
+    monkeypatch.setattr(backend, "sync_training", lambda lm: None)
+    for step in (100, 200):
+        torn = snapshots.write(tmp_path, step, {}, {"step": step})
+        (torn / snapshots.STATE).write_bytes(b"")
+    told = []
+    checkpoints = Checkpoints(tmp_path, 1, keep=2, say=told.append)
+    assert checkpoints.restore(None) == 0
+    assert [line.endswith("It is passed over.") for line in told] == [True, True, False]
+    assert str(tmp_path) in told[-1] and "anew" in told[-1]
+    # Those of later steps would count as the newest, and push out what is whole.
+    for checkpoints.step in (1, 2, 3):
+        checkpoints.save()
+    kept = [snapshots.step_of(path) for path in snapshots.every(tmp_path)]
+    assert kept == [2, 3]
+    assert snapshots.step_of(snapshots.newest(tmp_path)) == 3
+
+
+@pytest.mark.any_backend
 def test_tensorboard_reads_the_curves(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing import event_accumulator

@@ -279,6 +279,11 @@ def test_a_batch_that_fails_leaves_the_model_as_it_was(new_lm):
         assert "NoneType" not in str(failure.value)
         assert int(lm.optimizer.iterations) == 2
         assert lm.generate("The", max_new_tokens=2).startswith("The")
+    *_, bad = good_and_bad(lm)
+    with pytest.raises(Exception) as failure:
+        lm.train_on_batch(*bad)
+    assert "deleted" not in str(failure.value)
+    assert int(lm.optimizer.iterations) == 2
     losses = [
         lm.fit(good_and_bad(lm), steps_per_epoch=2, verbose=0).history["loss"][0]
         for _ in range(2)
@@ -307,6 +312,20 @@ def test_what_a_failed_program_took_along_is_told_and_restored(
 
     with pytest.raises(RuntimeError, match="lost with it"):
         lm.fit(good_and_bad(lm), callbacks=[Loss()], **steps)
-    assert Checkpoints(tmp_path, 1).restore(lm) == 2
-    for variable, value in zip(lm.weights, expected, strict=True):
-        np.testing.assert_array_equal(ops.convert_to_numpy(variable), value)
+
+    def assert_restored():
+        assert Checkpoints(tmp_path, 1).restore(lm) == 2
+        for variable, value in zip(lm.weights, expected, strict=True):
+            np.testing.assert_array_equal(ops.convert_to_numpy(variable), value)
+
+    assert_restored()
+
+    def lose(state, data):
+        for value in state[0][::2]:
+            value.delete()
+        raise InterruptedError
+
+    lm.train_function = lose
+    with pytest.raises(RuntimeError, match="lost with it"):
+        lm.train_on_batch(*next(good_and_bad(lm)))
+    assert_restored()

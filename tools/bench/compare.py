@@ -15,6 +15,8 @@ What can be measured (--what):
     import       seconds of the import alone, in a process of its own
     start        seconds to load; to the first answer (which compiles); the same again;
                  what the first prompt of another length costs more; peak memory so far
+    ready        seconds from loaded to the first token, in a process of its own, which
+                 finds what the round before left in a cache of compiled programs
     decode-N     tokens/s of N answers at once, without the prompt; time to first token
     prefill-N    tokens/s of a prompt of N tokens, to the first new token
     stream       tokens/s of the answer in pieces (ours only)
@@ -46,9 +48,9 @@ from process import Process
 HERE = pathlib.Path(__file__).parent
 SPEED = ("decode-1", "decode-8", "prefill-128", "prefill-512", "prefill-2048")
 WHAT = {
-    "shape": ("import", "start", *SPEED, "stream", "lora"),
-    "2b": ("start", *SPEED),
-    "real": ("start", *SPEED, "stream", "perplexity"),
+    "shape": ("import", "ready", "start", *SPEED, "stream", "lora"),
+    "2b": ("ready", "start", *SPEED),
+    "real": ("ready", "start", *SPEED, "stream", "perplexity"),
 }
 # Who can do what not everybody can.
 ABLE = {
@@ -248,9 +250,9 @@ def best_of(runs):
 
 def groups(whats):
     """The same in runs that share a process."""
-    alone = [[what] for what in whats if what in ("import", "lora")]
-    together = [what for what in whats if what not in ("import", "lora")]
-    return [*alone[:1], *([together] if together else []), *alone[1:]]
+    alone = [[what] for what in whats if what in ("import", "ready", "lora")]
+    together = [what for what in whats if [what] not in alone]
+    return [*alone, *([together] if together else [])]
 
 
 def prepare(options):

@@ -160,6 +160,9 @@ def imported(contender):
 def report_of(what, engine, prompts, load_s):
     if hasattr(engine, "seconds"):
         return limit(engine, what)
+    if what == "ready":
+        spent = seconds(engine.generate, prompts(1, PROMPT), 1)
+        return {"load_s": load_s, "ready_s": spent, "of_load": spent / load_s}
     if what == "start":
         return start(engine, prompts, load_s)
     if what == "stream":

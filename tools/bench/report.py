@@ -17,6 +17,8 @@ SPEED = {
 OTHER = (
     ("import", "import_s", "import s", "{:.2f}"),
     ("start", "load_s", "load s", "{:.2f}"),
+    ("ready", "ready_s", "then first token s", "{:.2f}"),
+    ("ready", "of_load", "of load", "{:.1f}"),
     ("start", "first_s", "first answer s", "{:.1f}"),
     ("start", "again_s", "again s", "{:.2f}"),
     ("start", "another_length_s", "other length +s", "{:+.2f}"),
