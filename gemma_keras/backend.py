@@ -9,7 +9,6 @@ import ctypes
 import functools
 import importlib.metadata
 import math
-import operator
 import os
 import pathlib
 import random
@@ -1012,12 +1011,13 @@ def softmax_of_tile(logits, columns, labels, top):
     return top, best, total, chosen, ops.where(there, 0.0, powers)
 
 
+# False, or what tells one run of a program, or its tracing, from all others.
 _in_program = contextvars.ContextVar("in_program", default=False)
 
 
 @contextlib.contextmanager
 def _tracing():
-    token = _in_program.set(True)
+    token = _in_program.set(object())
     try:
         yield
     finally:
@@ -1209,8 +1209,9 @@ def _simplify(graph):
 class _Recorded:
     """A recorded graph, called with the weights and the other arguments.
 
-    What it computes from weights alone, such as 1 + scale of a norm, is computed once,
-    and again when one of those weights is another tensor, or was changed in place.
+    What it computes from weights alone, such as 1 + scale of a norm, is computed once
+    for each run of the program that it is part of. (Weights may change between two, and
+    do not always tell: what is written through `data` counts no version.)
     """
 
     # Elements of a tensor that is kept: no matrix in another dtype.
@@ -1218,26 +1219,23 @@ class _Recorded:
 
     def __init__(self, graph, count):
         """Of a graph whose first `count` inputs are weights; it is changed."""
-        self._before, self._places = self._divide(graph, count)
+        self._before = self._divide(graph, count)
         self._run = torch._C._create_function_from_graph("step", graph)
-        self._weights = self._versions = self._early = None
+        self._program = self._early = None
 
     def __call__(self, weights, arguments):
-        used = [weights[place] for place in self._places]
-        versions = [weight._version for weight in used]
-        if versions != self._versions or any(map(operator.is_not, used, self._weights)):
+        program = _in_program.get()
+        if not program or program is not self._program:
             early = self._before(*weights)
             self._early = early if isinstance(early, tuple) else (early,)
-            # Kept, so that no other tensor gets to lie where one of them was.
-            self._weights, self._versions = used, versions
+            self._program = program
         return self._run(*weights, *arguments, *self._early)
 
     def _divide(self, graph, count):
         """Moves from a graph what needs nothing but its first `count` inputs.
 
         Returns:
-            A function of these inputs to what `graph` takes from now on after its own;
-            and the places of those inputs that matter to it.
+            A function of these inputs to what `graph` takes from now on after its own.
         """
         before, copies = torch._C.Graph(), {}
         weights, constants, moved = set(), set(), {}
@@ -1272,8 +1270,7 @@ class _Recorded:
         before.makeMultiOutputIntoTuple()
         for each in (before, graph):
             torch._C._jit_pass_dce(each)
-        places = [place for place, x in enumerate(before.inputs()) if x.uses()]
-        return torch._C._create_function_from_graph("before", before), places
+        return torch._C._create_function_from_graph("before", before)
 
     def _may_move(self, node):
         """Whether a node computes one small tensor, and does nothing else."""
@@ -1460,8 +1457,9 @@ def peak_memory():
     return _peak_of_process()
 
 
-# Number of the setting in glibc's malloc.h: from which size on memory is mapped.
-_M_MMAP_THRESHOLD = -3
+# Numbers of settings in glibc's malloc.h: from which size on memory is mapped, and how
+# much of what is free at the end of the heap stays there.
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 
 def give_back_memory():
@@ -1471,9 +1469,24 @@ def give_back_memory():
     over the steps of a training run by half as much again as it uses. Nothing happens
     where another library allocates memory.
     """
+    _set_malloc(2**22, 2**17)
+
+
+def keep_memory():
+    """Has up to 256 MiB of what torch frees on a CPU stay with the process.
+
+    Memory that comes from the system comes page by page, which takes a fifth of the
+    time of reading a prompt.
+    """
+    _set_malloc(2**26, 2**28)
+
+
+def _set_malloc(mapped_from, kept):
     if NAME == "torch" and torch_device().type == "cpu":
         with contextlib.suppress(OSError, AttributeError, TypeError):
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**22)
+            library = ctypes.CDLL(None)
+            library.mallopt(_M_MMAP_THRESHOLD, mapped_from)
+            library.mallopt(_M_TRIM_THRESHOLD, kept)
 
 
 def device_memory():

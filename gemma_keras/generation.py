@@ -232,6 +232,7 @@ class Engine:
 
     def _feed(self, state, prompts, plan):
         """Read prompts that follow what the rows of `state` have."""
+        backend.keep_memory()
         length = max(len(prompt) for prompt in prompts)
         shape = (len(prompts), state.tokens.shape[1] if backend.COMPILES else length)
         tokens, mask = np.zeros(shape, "int32"), np.zeros(shape, bool)

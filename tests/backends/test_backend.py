@@ -52,6 +52,43 @@ def test_a_variable_made_of_an_array_can_be_changed():
         np.testing.assert_array_equal(array, before)
 
 
+@pytest.mark.parametrize("shape", [(1, 64), (3, 5, 96), (2, 1, 70), (40, 128)])
+@pytest.mark.parametrize("outputs", [64, 100])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("in_order", [False, True])
+def test_products_and_their_slopes_are_numpys_by_every_kernel(
+    shape, outputs, transposed, in_order, monkeypatch
+):
+    """Of torch, oneDNN's too, which serve some processors alone."""
+    rng = np.random.default_rng(7)
+    size = (shape[-1], outputs)
+    x, weights = rng.normal(size=shape), rng.normal(size=(*shape[:-1], outputs))
+    kernel = rng.normal(size=size[::-1] if transposed else size).astype("float32")
+    if not in_order:
+        kernel = np.ascontiguousarray(kernel.T).T
+    matrix = kernel.T if transposed else kernel
+    expected = x @ matrix, weights @ matrix.T
+    rows = x.reshape(-1, shape[-1]), weights.reshape(-1, outputs)
+    expected_of_kernel = rows[0].T @ rows[1]
+    kinds = [False, True] if backend.NAME == "torch" else [False]
+    for onednn in kinds:
+        monkeypatch.setattr(backend, "_has_onednn", lambda onednn=onednn: onednn)
+        a, w = (keras.ops.convert_to_tensor(v, "float32") for v in (x, weights))
+        k = backend.tensor_from_array(kernel, "float32")
+        found = keras.ops.convert_to_numpy(backend.matmul(a, k, transposed))
+        np.testing.assert_allclose(found, expected[0], atol=1e-4)
+        variable = keras.Variable(lambda shape, dtype, k=k: k, kernel.shape, "float32")
+
+        def loss(x, w=w, variable=variable):
+            return keras.ops.sum(backend.matmul(x, variable, transposed) * w)
+
+        _, slopes = gradients(loss, [x.astype("float32")], variable)
+        slopes = [keras.ops.convert_to_numpy(slope) for slope in slopes]
+        np.testing.assert_allclose(slopes[0], expected[1], atol=1e-4)
+        of_kernel = slopes[1].T if transposed else slopes[1]
+        np.testing.assert_allclose(of_kernel, expected_of_kernel, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_is_found(dtype):
     array = made(dtype)
@@ -133,6 +170,7 @@ def megabytes():
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(r"VmRSS:\\s+(\\d+)", status)[1]) / 1024
 
+backend.keep_memory()  # as `generate` does, before or between two runs of `fit`
 backend.give_back_memory()
 torch.ones(2**22)  # glibc learns from what is freed, unless it is told
 before = megabytes()

@@ -217,6 +217,13 @@ class Torch:
                 x.view(rows, parts, x.shape[1] // parts).transpose(0, 1),
                 w.view(parts, len(w) // parts, w.shape[1]),
             ).sum(0)
+        if self.device == "cpu" and torch.backends.mkldnn.is_available():
+            # What torch itself compiles products to; not part of what it promises.
+            onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+            if onednn is not None:
+                ways["oneDNN"] = lambda x, w: onednn(
+                    x, w if turned else w.T, None, "none", [], ""
+                )
         for name, product in ways.items():
 
             def run(product=product):
