@@ -116,7 +116,7 @@ def matmul(x, kernel, transposed=False):
     if _torch_is_slow_in(x):
         return _matmul_widened(x, kernel.T if transposed else kernel)
     if _onednn_is_faster(x, kernel, transposed):
-        return _matmul_onednn(x, kernel.T if transposed else kernel)
+        return _differentiable(_onednn_product, x, kernel.T if transposed else kernel)
     if _torch_would_use_one_core(x):
         return _matmul_few_rows(x, kernel, transposed)
     if NAME == "tensorflow":
@@ -246,11 +246,7 @@ def _matmul_widened(x, kernel):
     # One row along the kernel's memory is the exception that torch is fast at.
     if len(rows) <= 2 and kernel.stride(0) == 1:
         return torch.matmul(x, kernel)
-    if torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad):
-        product = _Widened.apply(rows, kernel)
-    else:
-        product = _widened_product(rows, kernel)
-    return product.reshape(*x.shape[:-1], -1)
+    return _differentiable(_widened_product, x, kernel)
 
 
 def _widened_parts(rows, kernel):
@@ -267,31 +263,38 @@ def _widened_product(rows, kernel):
     return made[0] if len(made) == 1 else torch.cat(made, dim=1)
 
 
+def _differentiable(multiply, x, kernel):
+    """`x` [..., D] times `kernel` [D, F] by a function of two matrices, slopes too."""
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad):
+        product = _Product.apply(multiply, rows, kernel)
+    else:
+        product = multiply(rows, kernel)
+    return product.reshape(*x.shape[:-1], -1)
+
+
 if NAME == "torch":
 
-    class _Widened(torch.autograd.Function):
+    class _Product(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, rows, kernel):
+        def forward(ctx, multiply, rows, kernel):
+            ctx.multiply = multiply
             ctx.save_for_backward(rows if kernel.requires_grad else None, kernel)
-            return _widened_product(rows, kernel)
+            return multiply(rows, kernel)
 
         @staticmethod
         def backward(ctx, upstream):
             rows, kernel = ctx.saved_tensors
             slope = slope_of_kernel = None
-            if ctx.needs_input_grad[0]:
-                slope = sum(
-                    upstream[:, part].float() @ kernel[:, part].float().T
-                    for part in _widened_parts(upstream, kernel)
-                ).to(upstream.dtype)
             if ctx.needs_input_grad[1]:
+                slope = ctx.multiply(upstream, kernel.T)
+            if ctx.needs_input_grad[2]:
                 # Made as the kernel lies in memory, as its optimizer's state does.
                 if kernel.stride(0) == 1:
-                    slope_of_kernel = (upstream.float().T @ rows.float()).T
+                    slope_of_kernel = ctx.multiply(upstream.T, rows).T
                 else:
-                    slope_of_kernel = rows.float().T @ upstream.float()
-                slope_of_kernel = slope_of_kernel.to(kernel.dtype)
-            return slope, slope_of_kernel
+                    slope_of_kernel = ctx.multiply(rows.T, upstream)
+            return None, slope, slope_of_kernel
 
 
 def _onednn_is_faster(x, kernel, transposed):
@@ -318,15 +321,6 @@ def _has_onednn():
     )
 
 
-def _matmul_onednn(x, kernel):
-    rows = x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad):
-        product = _OneDNN.apply(rows, kernel)
-    else:
-        product = _onednn_product(rows, kernel)
-    return product.reshape(*x.shape[:-1], -1)
-
-
 def _onednn_product(rows, kernel):
     if torch.jit.is_tracing():
         return _onednn_recorded()(rows, kernel.T)
@@ -346,29 +340,6 @@ def _onednn_recorded():
               %x, %matrix, %none, %kind, %numbers, %none)
           return (%product)""")
     return torch._C._create_function_from_graph("product", graph)
-
-
-if NAME == "torch":
-
-    class _OneDNN(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, rows, kernel):
-            ctx.save_for_backward(rows if kernel.requires_grad else None, kernel)
-            return _onednn_product(rows, kernel)
-
-        @staticmethod
-        def backward(ctx, upstream):
-            rows, kernel = ctx.saved_tensors
-            slope = slope_of_kernel = None
-            if ctx.needs_input_grad[0]:
-                slope = _onednn_product(upstream, kernel.T)
-            if ctx.needs_input_grad[1]:
-                # Made as the kernel lies in memory, as its optimizer's state does.
-                if kernel.stride(0) == 1:
-                    slope_of_kernel = _onednn_product(upstream.T, rows).T
-                else:
-                    slope_of_kernel = _onednn_product(rows.T, upstream)
-            return slope, slope_of_kernel
 
 
 def _torch_would_use_one_core(x):
