@@ -448,7 +448,9 @@ def rms_norm(x, scale, epsilon):
         # a gradient: a norm of zeros has none.
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         root = math.sqrt(x.shape[-1])
-        norm = torch.hypot(norm, norm.new_full((1,), root * math.sqrt(epsilon)))
+        options = {"dtype": torch.float32, "device": x.device}
+        least = torch.full((1,), root * math.sqrt(epsilon), **options)
+        norm = torch.hypot(norm, least)
         return x / norm * ((1.0 + ops.cast(scale, "float32")) * root)
     x = ops.cast(x, "float32")
     variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
@@ -1433,23 +1435,34 @@ def peak_memory():
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 
-def give_back_memory():
+_gives_back = contextvars.ContextVar("gives_back", default=False)
+
+
+@contextlib.contextmanager
+def giving_back_memory():
     """Has large tensors that torch frees on a CPU go back to the system at once.
 
     glibc keeps what lies below something that is still in use, so that a process grows
     over the steps of a training run by half as much again as it uses. Nothing happens
     where another library allocates memory.
     """
+    token = _gives_back.set(True)
     _set_malloc(2**22, 2**17)
+    try:
+        yield
+    finally:
+        _gives_back.reset(token)
 
 
 def keep_memory():
     """Has up to 256 MiB of what torch frees on a CPU stay with the process.
 
     Memory that comes from the system comes page by page, which takes a fifth of the
-    time of reading a prompt.
+    time of reading a prompt. Nothing happens within `giving_back_memory`, as when a
+    training run makes samples.
     """
-    _set_malloc(2**26, 2**28)
+    if not _gives_back.get():
+        _set_malloc(2**26, 2**28)
 
 
 def _set_malloc(mapped_from, kept):

@@ -335,11 +335,10 @@ class TokenTrainer(keras.Model):
             validation_data = self._prepare_validation(validation_data, rows)
         _check_shares(x)
         backend.make_alike(self.trainable_variables)
-        backend.give_back_memory()
         backend.build_optimizer(self)
-        return super().fit(
-            x, y, sample_weight=sample_weight, validation_data=validation_data, **kwargs
-        )
+        kwargs |= {"sample_weight": sample_weight, "validation_data": validation_data}
+        with backend.giving_back_memory():
+            return super().fit(x, y, **kwargs)
 
     def _check_trainable(self):
         """Refuse to train what the optimizer, or the forward pass, does not see."""

@@ -170,8 +170,10 @@ def megabytes():
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(r"VmRSS:\\s+(\\d+)", status)[1]) / 1024
 
-backend.keep_memory()  # as `generate` does, before or between two runs of `fit`
-backend.give_back_memory()
+backend.keep_memory()  # as `generate` does, before `fit`
+context = backend.giving_back_memory()
+context.__enter__()
+backend.keep_memory()  # and within, for samples
 torch.ones(2**22)  # glibc learns from what is freed, unless it is told
 before = megabytes()
 tensors = [torch.ones(2**21) for _ in range(40)]
