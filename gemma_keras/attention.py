@@ -181,7 +181,9 @@ _MANY_QUERIES = 32
 
 def _key_block(mask):
     """Keys in a block of a buffer, for its mask; 0 where it has no equal blocks."""
-    return next((size for size in (256, 128) if mask.shape[-1] % size == 0), 0)
+    # An accelerator waits for its host between two blocks.
+    sizes = (256, 128) if backend.on_cpu() else (1024,)
+    return next((size for size in sizes if mask.shape[-1] % size == 0), 0)
 
 
 def _torch_attends(query, keys, length, config):
@@ -211,6 +213,10 @@ class _Core:
 
     def value(self, query, keys, values, masks):
         """Of keys and values in one or more parts, without a gradient."""
+        if len(keys) == 1 and backend.masked_softmax_serves(query, masks[0]):
+            products = self._narrow(query, keys[0])
+            weights = backend.masked_softmax(products, masks[0], self.cap, MASKED)
+            return self._mix(weights, values[0])
         scores = [
             self._scores(query, key, mask)
             for key, mask in zip(keys, masks, strict=True)
@@ -299,7 +305,10 @@ class _Core:
         return self._masked(soft_cap(self._products(query, key), self.cap), mask)
 
     def _products(self, query, key):
-        return ops.cast(backend.row_products(query, key), "float32")
+        return ops.cast(self._narrow(query, key), "float32")
+
+    def _narrow(self, query, key):
+        return backend.row_products(query, key)
 
     def _masked(self, scores, mask, hidden=MASKED):
         heads, rows, keys = scores.shape[1:]
@@ -324,6 +333,6 @@ class _CodesCore(_Core):
         codes = ops.cast(value.codes, self.dtype)
         return backend.batch_matmul(ops.cast(weights, self.dtype), codes)
 
-    def _products(self, query, key):
-        products = super()._products(query, ops.cast(key.codes, self.dtype))
-        return products * ops.swapaxes(key.scales, 2, 3)
+    def _narrow(self, query, key):
+        products = super()._narrow(query, ops.cast(key.codes, self.dtype))
+        return ops.cast(products, "float32") * ops.swapaxes(key.scales, 2, 3)

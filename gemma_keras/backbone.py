@@ -53,8 +53,7 @@ class RMSNorm(keras.layers.Layer):
 
     def call(self, x):
         # The product with 1 + scale before the downcast: Llama rounds first.
-        x = backend.rms_norm(x, self.scale, self.epsilon)
-        return ops.cast(x, self.compute_dtype)
+        return backend.rms_norm(x, self.scale, self.epsilon, self.compute_dtype)
 
 
 def rotary_table(positions, head_dim, theta, scaling_factor=1.0):
@@ -73,10 +72,7 @@ def rotary_table(positions, head_dim, theta, scaling_factor=1.0):
 
 def rotate(x, table):
     """Rotate the half-split pairs (j, j + H/2) of `x` [B, T, heads, H]."""
-    cos, sin = table
-    wide = ops.cast(x, "float32")
-    swapped = ops.roll(wide, x.shape[-1] // 2, axis=-1)
-    return ops.cast(wide * cos + swapped * sin, x.dtype)
+    return backend.rotate(x, *table)
 
 
 class Attention(keras.layers.Layer):

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import ctypes
 import functools
+import importlib
 import importlib.metadata
 import math
 import os
@@ -15,7 +16,6 @@ import random
 import re
 import resource
 import sys
-import warnings
 
 import keras
 import numpy as np
@@ -121,7 +121,26 @@ def matmul(x, kernel, transposed=False):
         return _matmul_few_rows(x, kernel, transposed)
     if NAME == "tensorflow":
         return _tensorflow_matmul(x, kernel, transposed)
-    return ops.matmul(x, ops.transpose(kernel) if transposed else kernel)
+    kernel = ops.transpose(kernel) if transposed else kernel
+    if _xla_is_slow_with_one_row(x):
+        rows = jnp.broadcast_to(jnp.reshape(x, (1, -1)), (2, x.shape[-1]))
+        return jnp.reshape(jnp.matmul(rows, kernel)[:1], (*x.shape[:-1], -1))
+    return ops.matmul(x, kernel)
+
+
+def _xla_is_slow_with_one_row(x):
+    """Whether two rows take less time: on a GPU, one has no kernel but a sum.
+
+    Only for narrow floats, whose products round anyway: two rows of float32 may be
+    multiplied with less precision than one.
+    """
+    return (
+        NAME == "jax"
+        and math.prod(x.shape[:-1]) == 1
+        and x.dtype in (jnp.bfloat16, jnp.float16)
+        and _in_program.get() is not None
+        and jax.default_backend() == "gpu"
+    )
 
 
 def _tensorflow_matmul(x, kernel, transposed):
@@ -388,7 +407,7 @@ def _parts(outputs, most):
 
 
 def packed_matrix(codes, scales, offsets, group_size):
-    """What torch's kernels for weights of few bits read, of a matrix on a CPU.
+    """What torch's kernels for weights of few bits read, of a matrix.
 
     Args:
         codes: int8 [N, K]; or uint8 [N, K / 2], two of 4 bits in a byte, the low one of
@@ -401,48 +420,60 @@ def packed_matrix(codes, scales, offsets, group_size):
         For `packed_product`; None where there is no kernel. Codes of 8 bits are read as
         they are, those of 4 bits are copied.
     """
-    if NAME != "torch" or codes.device.type != "cpu" or not _has_packed_kernels():
+    if NAME != "torch" or not _has_packed_kernels(codes.device):
         return None
     rows = codes.shape[0]
     if offsets is None:
-        return codes, scales.reshape(-1).bfloat16()
+        scales = scales.reshape(-1)
+        return codes, scales.bfloat16() if codes.device.type == "cpu" else scales
     # The kernels have groups of these sizes, around a code of 8.
-    if group_size not in (32, 64, 128, 256) or rows % 16:
+    if group_size not in (32, 64, 128, 256) or rows % 16 or codes.shape[1] % 16:
         return None
     scales, offsets = scales.float(), offsets.float()
     pairs = torch.stack([scales, offsets + 8 * scales], dim=-1)
     pairs = pairs.transpose(0, 1).contiguous().bfloat16()
-    packed = torch.empty_like(codes)
     # Wider for a moment: a few rows at a time, in a multiple of the kernels' blocks.
-    for start in range(0, rows, 4096):
-        part = codes[start : start + 4096]
-        wide = torch.cat([part & 15, part >> 4], dim=1).int()
-        packed[start : start + 4096] = torch._convert_weight_to_int4pack_for_cpu(
-            wide, 1
-        )
-    return packed, pairs
+    parts = [_packed_4_bits(codes[i : i + 4096]) for i in range(0, rows, 4096)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts), pairs
+
+
+def _packed_4_bits(codes):
+    wide = torch.cat([codes & 15, codes >> 4], dim=1)
+    if codes.device.type == "cpu":
+        return torch._convert_weight_to_int4pack_for_cpu(wide.int(), 1)
+    return torch._convert_weight_to_int4pack(wide[:, ::2] << 4 | wide[:, 1::2], 2)
 
 
 @functools.cache
-def _has_packed_kernels():
-    # Not part of what torch promises.
-    names = ("int8pack_mm", "int4pack_mm_for_cpu")
-    return all(hasattr(torch, f"_weight_{name}") for name in names)
+def _has_packed_kernels(device):
+    # torch's are not part of what it promises.
+    if device.type == "cpu":
+        names = ("int8pack_mm", "int4pack_mm_for_cpu")
+        return all(hasattr(torch, f"_weight_{name}") for name in names)
+    return _has_kernels(device) and hasattr(torch, "_weight_int4pack_mm")
 
 
 def packed_product(x, packed, group_size):
     """`x` [C, K], bfloat16, times the transpose of a `packed_matrix` [N, K]: [C, N]."""
     codes, scales = packed
+    on_cpu = x.device.type == "cpu"
     if scales.ndim == 1:
-        return torch._weight_int8pack_mm(x, codes, scales)
-    return torch._weight_int4pack_mm_for_cpu(x, codes, group_size, scales)
+        product = torch._weight_int8pack_mm if on_cpu else torch.ops.gemma_keras.int8_mm
+        return product(x, codes, scales)
+    if on_cpu:
+        return torch._weight_int4pack_mm_for_cpu(x, codes, group_size, scales)
+    return torch._weight_int4pack_mm(x, codes, group_size, scales)
 
 
-def rms_norm(x, scale, epsilon):
-    """`x` [..., D] by the root of its mean square, times 1 + `scale` [D]: float32.
+def rms_norm(x, scale, epsilon, dtype):
+    """`x` [..., D] by the root of its mean square, times 1 + `scale` [D].
 
-    `epsilon` is added to the mean square over the last axis.
+    `epsilon` is added to the mean square over the last axis. All of it in float32, and
+    rounded to `dtype` last.
     """
+    scale = ops.convert_to_tensor(scale)
+    if _kernels(x):
+        return torch.ops.gemma_keras.rms_norm(x, scale, epsilon, getattr(torch, dtype))
     if NAME == "torch" and _in_program.get():
         # Half of the operations, each of which takes a while to say. Not where there is
         # a gradient: a norm of zeros has none.
@@ -451,10 +482,77 @@ def rms_norm(x, scale, epsilon):
         options = {"dtype": torch.float32, "device": x.device}
         least = torch.full((1,), root * math.sqrt(epsilon), **options)
         norm = torch.hypot(norm, least)
-        return x / norm * ((1.0 + ops.cast(scale, "float32")) * root)
+        x = x / norm * ((1.0 + ops.cast(scale, "float32")) * root)
+        return ops.cast(x, dtype)
     x = ops.cast(x, "float32")
     variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
-    return x * ops.rsqrt(variance + epsilon) * (1.0 + ops.cast(scale, "float32"))
+    x = x * ops.rsqrt(variance + epsilon) * (1.0 + ops.cast(scale, "float32"))
+    return ops.cast(x, dtype)
+
+
+def rotate(x, cos, sin):
+    """`x` [B, T, heads, H] times `cos`, plus `x` turned by H / 2 times `sin`.
+
+    Both are float32 [B, T, 1, H], B perhaps 1. The result is rounded to the dtype of
+    `x` last.
+    """
+    if _kernels(x) and _is_power_of_two(x.shape[-1]):
+        return torch.ops.gemma_keras.rotate(x, cos, sin)
+    wide = ops.cast(x, "float32")
+    swapped = ops.roll(wide, x.shape[-1] // 2, axis=-1)
+    return ops.cast(wide * cos + swapped * sin, x.dtype)
+
+
+def gated_gelu(gate, up):
+    """GELU(gate) * up, of the same shape, GELU in its tanh form and rounded first."""
+    if _kernels(gate):
+        return torch.ops.gemma_keras.gated_gelu(gate, up)
+    return ops.gelu(gate, approximate=True) * up
+
+
+# Keys of a row that a kernel holds at once.
+_MOST_KEYS = 2**14
+
+
+def masked_softmax_serves(query, mask):
+    """Whether there is `masked_softmax` for queries and a mask [..., S]."""
+    return _kernels(query) and mask.shape[-1] <= _MOST_KEYS
+
+
+def masked_softmax(products, mask, cap, hidden):
+    """Softmax over keys, in float32 and rounded last.
+
+    Args:
+        products: [B, K, G T, S].
+        mask: bool [B, 1, T, S], B perhaps 1: what is not seen counts as `hidden`.
+        cap: None, or the bound c of c tanh(products / c).
+        hidden: a number.
+
+    Returns:
+        [B, K, G T, S], in the dtype of `products`.
+    """
+    return torch.ops.gemma_keras.masked_softmax(products, mask, cap or 0.0, hidden)
+
+
+def _is_power_of_two(number):
+    return number & (number - 1) == 0
+
+
+def _kernels(x):
+    """Whether there are kernels of ours for `x`, of which nobody asks the gradient."""
+    return NAME == "torch" and _in_program.get() is not None and _has_kernels(x.device)
+
+
+@functools.cache
+def _has_kernels(device):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        importlib.import_module("gemma_keras.triton_kernels")
+    except ImportError:
+        # As on Windows, where torch comes without Triton.
+        return False
+    return True
 
 
 def in_bfloat16_program(x):
@@ -598,8 +696,28 @@ def least(one, other):
     return min(one, other) if NAME == "torch" else ops.minimum(one, other)
 
 
-def loop(condition, body, state):
-    """Run `state = body(state)` while `condition(state)`, inside a program."""
+def both(number, tensor):
+    """Whether both are true, as a condition of `loop`.
+
+    `number` is what comparing integers gave that `counter` made, a bool on torch.
+    """
+    # On torch no tensor of it, for which one would have to wait.
+    return number and tensor if NAME == "torch" else ops.logical_and(number, tensor)
+
+
+class _Over(Exception):
+    """A loop has come to its end."""
+
+
+def loop(condition, body, state, early=False):
+    """Run `state = body(state)` while `condition(state)`, inside a program.
+
+    With `early`, torch calls `body` without waiting for the condition: with the keyword
+    `before`, a function that it has to call before it changes anything. An accelerator
+    would do nothing while Python prepares what follows.
+    """
+    if NAME == "torch" and early:
+        return _early_loop(condition, body, state)
     if NAME == "torch":
         while condition(state):
             state = body(state)
@@ -607,6 +725,20 @@ def loop(condition, body, state):
     if NAME == "jax":
         return jax.lax.while_loop(condition, body, state)
     return tf.while_loop(condition, lambda state: (body(state),), (state,))[0]
+
+
+def _early_loop(condition, body, state):
+    while True:
+        go = condition(state)
+
+        def before(go=go):
+            if not go:
+                raise _Over
+
+        try:
+            state = body(state, before=before)
+        except _Over:
+            return state
 
 
 def may_be_differentiated():
@@ -726,6 +858,19 @@ def branch(condition, yes, no):
 # Whether programs are compiled, by XLA, and have to know all shapes beforehand.
 # Otherwise operations run as they are written, one after the other.
 COMPILES = NAME != "torch"
+
+
+def few_shapes():
+    """Whether what runs again and again should have few shapes, of padded arrays.
+
+    So it should where programs are compiled, or recorded for a device to run alone.
+    """
+    return COMPILES or _replays(_torch_home())
+
+
+@functools.cache
+def _torch_home():
+    return torch_device()
 
 
 def no_gradient():
@@ -984,13 +1129,24 @@ def softmax_of_tile(logits, columns, labels, top):
     return top, best, total, chosen, ops.where(there, 0.0, powers)
 
 
-# False, or what tells one run of a program, or its tracing, from all others.
-_in_program = contextvars.ContextVar("in_program", default=False)
+class _Run:
+    """One run of a program, or its tracing.
+
+    Attributes:
+        kept: what is computed once in it, by who keeps it.
+    """
+
+    def __init__(self):
+        self.kept = {}
+
+
+# The run that is going on, or None.
+_in_program = contextvars.ContextVar("in_program", default=None)
 
 
 @contextlib.contextmanager
 def _tracing():
-    token = _in_program.set(object())
+    token = _in_program.set(_Run())
     try:
         yield
     finally:
@@ -1083,52 +1239,68 @@ class LayerProgram:
         return self._compiled[key]([v.value for v in variables], *arguments)
 
 
+def _nothing():
+    pass
+
+
+def _replays(device):
+    """Whether recorded steps run as graphs of the device."""
+    return device.type == "cuda"
+
+
 class Step:
     """A function of arrays that a loop in a program calls again and again.
 
-    JAX and TensorFlow compile the loop, and this is the function itself. On torch and a
-    CPU it is recorded, once for each set of shapes, and what runs from then on is the
-    list of torch's operations: in Python, a token of a small model takes longer to say
-    than to compute. Integers among the arguments become tensors without dimensions, so
+    JAX and TensorFlow compile the loop, and this is the function itself. On torch it is
+    recorded, once for each set of shapes, and runs without Python from then on
+    (torch_steps.py). Integers among the arguments become tensors without dimensions, so
     that they may differ from call to call.
 
     Args:
-        function: takes and returns nested arrays. It may change arguments in place,
-            but calling it twice with the same ones must be the same as once.
+        function: takes and returns nested arrays. It may change in place what it then
+            returns, but calling it twice with the same arguments must be the same as
+            once.
         variables: every Keras variable it reads.
     """
 
-    # Recording takes as long as some thirty calls save.
-    PATIENCE = 16
+    # Recording takes as long as so many calls save.
+    PATIENCE, PATIENCE_REPLAYED = 16, 2
 
     def __init__(self, function, variables):
         self.function, self.variables = function, list(variables)
         self._calls, self._recorded = {}, {}
 
-    def __call__(self, *arguments):
-        if NAME != "torch" or torch_device().type != "cpu" or not _can_record():
+    def __call__(self, *arguments, before=_nothing):
+        """The function's value; `before` is called before it changes anything."""
+        if NAME != "torch":
             return self.function(*arguments)
         leaves, structure = torch.utils._pytree.tree_flatten(arguments)
+        device = next(x.device for x in leaves if isinstance(x, torch.Tensor))
+        if device.type not in ("cpu", "cuda") or not _can_record():
+            before()
+            return self.function(*arguments)
         key = (structure, *(getattr(x, "shape", None) for x in leaves))
         if key not in self._recorded:
+            before()
+            patience = self.PATIENCE_REPLAYED if _replays(device) else self.PATIENCE
             self._calls[key] = self._calls.get(key, 0) + 1
-            if self._calls[key] <= self.PATIENCE:
+            if self._calls[key] <= patience:
                 return self.function(*arguments)
-            self._recorded[key] = self._record(leaves, structure)
+            self._recorded[key] = self._record(leaves, structure, device)
         run, results = self._recorded[key]
-        # Not kept: `fit` and others may put another tensor in a variable.
-        values = [variable.value for variable in self.variables]
-        found = run(values, [*map(torch.as_tensor, leaves)])
+        found = run(_in_program.get().kept, self._values, before, leaves)
         return torch.utils._pytree.tree_unflatten(list(found), results)
 
-    def _record(self, leaves, structure):
+    def _values(self):
+        # Not kept: `fit` and others may put another tensor in a variable.
+        return [variable.value.detach() for variable in self.variables]
+
+    def _record(self, leaves, structure, device):
+        from gemma_keras import torch_steps
+
         told = []
 
-        def flat(*tensors):
-            values, leaves = (
-                tensors[: len(self.variables)],
-                tensors[len(self.variables) :],
-            )
+        def flat(values, leaves):
             arguments = torch.utils._pytree.tree_unflatten(leaves, structure)
             mapping = list(zip(self.variables, values, strict=True))
             with keras.StatelessScope(state_mapping=mapping):
@@ -1137,123 +1309,18 @@ class Step:
             told.append(form)
             return tuple(results)
 
-        values = [variable.value.detach() for variable in self.variables]
-        with warnings.catch_warnings():
-            # That shapes become constants, as they are meant to; and of its age.
-            warnings.simplefilter("ignore")
-            run = torch.jit.trace(
-                flat, (*values, *map(torch.as_tensor, leaves)), check_trace=False
-            )
-        _simplify(run.graph)
-        return _Recorded(run.graph, len(values)), told[-1]
+        tensors = [torch.as_tensor(x, device=device) for x in leaves]
+        graph = torch_steps.record(flat, self._values(), tensors)
+        replays = _replays(device)
+        kind = torch_steps.Replayed if replays else torch_steps.Recorded
+        return kind(graph, len(self.variables)), told[-1]
 
 
 @functools.cache
 def _can_record():
-    # Old, and in part not what torch promises: a later one may be without.
-    passes = ("inline", "constant_propagation", "dce")
-    names = [*(f"_jit_pass_{name}" for name in passes), "_create_function_from_graph"]
-    there = all(hasattr(torch._C, name) for name in names)
-    return there and hasattr(torch.jit, "trace")
+    from gemma_keras import torch_steps
 
-
-def _simplify(graph):
-    """Leaves out of a recorded graph what is known of its tensors beforehand.
-
-    Those are the sizes that it asks for and computes with, and conversions to the dtype
-    that a tensor has: two thirds of what it does.
-    """
-    torch._C._jit_pass_inline(graph)
-    for node in graph.findAllNodes("aten::size"):
-        tensor, axis = node.inputs()
-        sizes, axis = tensor.type().sizes(), axis.toIValue()
-        if sizes is not None and axis is not None:
-            graph.setInsertPoint(node)
-            node.output().replaceAllUsesWith(graph.insertConstant(sizes[axis]))
-    for node in graph.findAllNodes("aten::to"):
-        before, after = next(node.inputs()).type(), node.output().type()
-        if before.dtype() is not None and before.dtype() == after.dtype():
-            node.output().replaceAllUsesWith(next(node.inputs()))
-    graph.setInsertPoint(graph.return_node())
-    torch._C._jit_pass_constant_propagation(graph)
-    torch._C._jit_pass_dce(graph)
-
-
-class _Recorded:
-    """A recorded graph, called with the weights and the other arguments.
-
-    What it computes from weights alone, such as 1 + scale of a norm, is computed once
-    for each run of the program that it is part of. (Weights may change between two, and
-    do not always tell: what is written through `data` counts no version.)
-    """
-
-    # Elements of a tensor that is kept: no matrix in another dtype.
-    MOST = 2**16
-
-    def __init__(self, graph, count):
-        """Of a graph whose first `count` inputs are weights; it is changed."""
-        self._before = self._divide(graph, count)
-        self._run = torch._C._create_function_from_graph("step", graph)
-        self._program = self._early = None
-
-    def __call__(self, weights, arguments):
-        program = _in_program.get()
-        if not program or program is not self._program:
-            early = self._before(*weights)
-            self._early = early if isinstance(early, tuple) else (early,)
-            self._program = program
-        return self._run(*weights, *arguments, *self._early)
-
-    def _divide(self, graph, count):
-        """Moves from a graph what needs nothing but its first `count` inputs.
-
-        Returns:
-            A function of these inputs to what `graph` takes from now on after its own.
-        """
-        before, copies = torch._C.Graph(), {}
-        weights, constants, moved = set(), set(), {}
-        for value in list(graph.inputs())[:count]:
-            copies[value.unique()] = copy = before.addInput()
-            copy.setType(value.type())
-            weights.add(value.unique())
-        for node in graph.nodes():
-            inputs = {value.unique() for value in node.inputs()}
-            constant = node.kind() == "prim::Constant"
-            known = weights | moved.keys()
-            if not constant:
-                if not (inputs & known and inputs <= known | constants):
-                    continue
-                if not self._may_move(node):
-                    continue
-            clone = before.createClone(node, lambda x: copies[x.unique()])
-            output = node.output()
-            copies[output.unique()] = before.appendNode(clone).output()
-            if constant:
-                constants.add(output.unique())
-            else:
-                moved[output.unique()] = output
-        for value in moved.values():
-            users = [list(use.user.outputs()) for use in value.uses()]
-            if all(user and user[0].unique() in moved for user in users):
-                continue
-            before.registerOutput(copies[value.unique()])
-            argument = graph.addInput()
-            argument.setType(value.type())
-            value.replaceAllUsesWith(argument)
-        before.makeMultiOutputIntoTuple()
-        for each in (before, graph):
-            torch._C._jit_pass_dce(each)
-        return torch._C._create_function_from_graph("before", before)
-
-    def _may_move(self, node):
-        """Whether a node computes one small tensor, and does nothing else."""
-        if not node.kind().startswith("aten::") or node.kind().endswith("_"):
-            return False
-        if node.outputsSize() != 1 or node.isNondeterministic():
-            return False
-        found = node.output().type()
-        sizes = found.sizes() if isinstance(found, torch._C.TensorType) else None
-        return sizes is not None and math.prod(sizes) <= self.MOST
+    return torch_steps.can_record()
 
 
 def _array_to_torch(x):

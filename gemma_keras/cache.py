@@ -215,11 +215,13 @@ class LayerCache:
 
     @property
     def used(self):
-        """How many slots hold tokens, where these are seen apart; None elsewhere."""
-        if not self.place.apart:
+        """How many slots hold tokens, where these are seen apart; perhaps None."""
+        length = self.place.length
+        if not self.place.apart or not (backend.COMPILES or isinstance(length, int)):
+            # Recorded, what is done may not depend on it.
             return None
         buffer = self.keys[0] if isinstance(self.keys, Codes) else self.keys
-        return backend.least(self.place.length, buffer.shape[2])
+        return backend.least(length, buffer.shape[2])
 
     def store(self, mixed):
         """Write what is not written yet, after `mixed` was made of what was seen.

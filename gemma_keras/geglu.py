@@ -19,7 +19,7 @@ def geglu(gate, up):
         up: [..., F], of the same dtype.
     """
     if not backend.may_be_differentiated():
-        return ops.gelu(gate, approximate=True) * up
+        return backend.gated_gelu(gate, up)
     return backend.with_gradient(_value_and_inputs, _from_inputs, gate, up)
 
 

@@ -82,7 +82,7 @@ def check_kv_cache_dtype(value):
     return value
 
 
-# Where programs are compiled, prompts are read in chunks of two sizes, whatever their
+# Where shapes are to be few, prompts are read in chunks of two sizes, whatever their
 # length: large ones while more than half of one is left, then small ones. Elsewhere as
 # they are, but for long ones, whose scores of attention would take much memory.
 LARGE_CHUNK, SMALL_CHUNK, LONG = 256, 64, 1024
@@ -90,7 +90,7 @@ LARGE_CHUNK, SMALL_CHUNK, LONG = 256, 64, 1024
 
 def _chunks(width):
     """`(size, least)`: sizes of chunks, each while at least so much is left to read."""
-    if not backend.COMPILES:
+    if not backend.few_shapes():
         return ((LONG, LONG), (width % LONG, 1)) if width % LONG else ((LONG, LONG),)
     small = (SMALL_CHUNK, 1)
     if width <= LARGE_CHUNK:
@@ -101,7 +101,7 @@ def _chunks(width):
 def _capacity(used, length, plan):
     """Slots for so many tokens before a prompt, the prompt, and the answer."""
     room = used + length + int(max(plan.limits)) + plan.ahead
-    if backend.COMPILES:
+    if backend.few_shapes():
         # The last chunk may reach past the prompt.
         size = LARGE_CHUNK if length % LARGE_CHUNK > LARGE_CHUNK // 2 else SMALL_CHUNK
         room = max(room, used + -(-length // size) * size)
@@ -234,7 +234,8 @@ class Engine:
         """Read prompts that follow what the rows of `state` have."""
         backend.keep_memory()
         length = max(len(prompt) for prompt in prompts)
-        shape = (len(prompts), state.tokens.shape[1] if backend.COMPILES else length)
+        width = state.tokens.shape[1] if backend.few_shapes() else length
+        shape = len(prompts), width
         tokens, mask = np.zeros(shape, "int32"), np.zeros(shape, bool)
         for row, prompt in enumerate(prompts):
             tokens[row, length - len(prompt) : length] = prompt
@@ -245,10 +246,18 @@ class Engine:
 
     def _blank(self, rows, capacity, spare):
         """The `State` of rows that have nothing; `spare` is as in `make_cache`."""
+        dtype = self._cache_dtype()
+        if not backend.COMPILES:
+            return self._blank_state(rows, capacity, dtype, spare)
+        # At once: one after the other, the arrays of a cache take longer than a token.
+        size = rows, capacity, dtype, spare
+        make = lambda: self._blank_state(*size)  # noqa: E731
+        self._forget_others()
+        return self._kept(("blank", None, size), lambda: backend.Program(make, ()))()
+
+    def _blank_state(self, rows, capacity, dtype, spare):
         backbone = self.backbone
-        cache = kv_cache.make_cache(
-            backbone.config, rows, capacity, self._cache_dtype(), spare
-        )
+        cache = kv_cache.make_cache(backbone.config, rows, capacity, dtype, spare)
         if backend.COMPILES:
             cache = cache._replace(length=backend.counter(0))
         tokens, log_probs = _blank_answer(rows, capacity)
@@ -316,16 +325,18 @@ class Engine:
             function: what it is made of.
             donated: as in `backend.Program`.
         """
-        variables = self.backbone.variables
-        now = backend.identities(variables)
+        self._forget_others()
+        return self._kept(
+            (kind, features, size),
+            lambda: backend.Program(function, self.backbone.variables, donated),
+        )
+
+    def _forget_others(self):
+        now = backend.identities(self.backbone.variables)
         if now != self._variables:
             # Adapters or quantisation gave the model other weights.
             self._variables = now
             self._programs.clear()
-        return self._kept(
-            (kind, features, size),
-            lambda: backend.Program(function, variables, donated),
-        )
 
     def step(self, kind, features, function):
         """The `backend.Step` that is kept under these names, for use in a program."""
@@ -387,28 +398,38 @@ class Engine:
             name: backend.read_slots(x, start, axis=1, size=size)
             for name, x in inputs.items()
         }
-        found, cache = self.backbone(part, cache=cache)
-        cache = cache._replace(length=backend.counter(cache.length))
-        last = backend.least(length - start, size) - 1
-        hidden = backend.read_slots(found, last, axis=1)[:, 0]
-        return cache, hidden, start + size
+        count = backend.least(length - start, size)
+        read, before = self._read_part, cache
+        if backend.few_shapes():
+            read = self.step("chunk", None, read)
+            # No Python's 0, which says that all columns are the first, and no padding.
+            length = ops.convert_to_tensor(cache.length, dtype="int32")
+            before = cache._replace(length=length)
+        read, hidden = read(before, part, count - 1)
+        # Counted here, since they are Python's integers on torch.
+        return read._replace(length=cache.length + count), hidden, start + size
+
+    def _read_part(self, cache, inputs, last):
+        """The cache after some columns, and hidden states [B, D] of the `last`."""
+        hidden, cache = self.backbone(inputs, cache=cache)
+        return cache, backend.read_slots(hidden, last, axis=1)[:, 0]
 
     def decode(self, features, state, limit, *plan):
         """The state when every row is done or has been given `limit` tokens."""
 
         def unfinished(state):
-            return ops.logical_and(state.count < limit, ops.any(~state.done))
+            return backend.both(state.count < limit, ops.any(~state.done))
 
         traced = self._step(features)
 
-        def step(state):
+        def step(state, **options):
             noise = self.noise(state, plan[0]) if features.random else ()
-            new = traced(state, noise, *plan)
+            new = traced(state, noise, *plan, **options)
             # Counted here, since they are Python's integers on torch.
             cache = new.cache._replace(length=state.cache.length + 1)
             return new._replace(cache=cache, count=state.count + 1)
 
-        return backend.loop(unfinished, step, state)
+        return backend.loop(unfinished, step, state, early=True)
 
     def _step(self, features):
         """One token for each row: a function of the state, noise and the plan."""
@@ -481,7 +502,7 @@ class Engine:
 
         def unfinished(carried):
             state, _ = carried
-            return ops.logical_and(state.count < limit, ops.any(~state.done))
+            return backend.both(state.count < limit, ops.any(~state.done))
 
         def step(carried):
             state, scores = carried

@@ -362,8 +362,9 @@ def _verifier(engine, features):
         if features.penalty:
             # What comes before a token: all the drafts before it, if it counts.
             before = ops.convert_to_tensor(np.tri(width, width - 1, -1, dtype=bool))
-            seen = ops.repeat(seen, width, axis=0)
-            seen = engine.mark(seen, ops.repeat(drafts, width, axis=0), before)
+            seen = ops.broadcast_to(seen, (width, seen.shape[1]))
+            drafted = ops.broadcast_to(drafts, (width, width - 1))
+            seen = engine.mark(seen, drafted, before)
         tokens = samplers.choose(logits, controls, features, seen, noise)
         log_probs = samplers.log_probs(logits, tokens, features)
         ends = ops.any(tokens[:, None] == stop_ids[None], axis=1)

@@ -19,6 +19,10 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+# Triton decides when it is imported, by torch at times.
+if not os.path.exists("/proc/driver/nvidia"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A shell starts what it sends to the background with Ctrl-C ignored, and everything
 # that this starts inherits that: tests that interrupt a command would wait forever.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,7 +22,8 @@ def gradients(function, arrays, variable):
     if backend.NAME == "torch":
         import torch
 
-        tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
+        device = backend.torch_device()
+        tensors = [torch.tensor(x, requires_grad=True, device=device) for x in arrays]
         variable.value.grad = None
         value = function(*tensors)
         value.backward()

@@ -183,10 +183,11 @@ def test_no_scores_are_kept_for_the_backward_pass():
         import torch
 
         kept = []
-        tensors = [torch.tensor(x, requires_grad=True) for x in (query, key, value)]
+        options = {"requires_grad": True, "device": backend.torch_device()}
+        tensors = [torch.tensor(x, **options) for x in (query, key, value)]
         hooks = torch.autograd.graph.saved_tensors_hooks
         with hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
-            total(*tensors, torch.tensor(mask))
+            total(*tensors, ops.convert_to_tensor(mask))
         kept = sum(kept)
     else:
         import jax

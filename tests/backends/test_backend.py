@@ -70,7 +70,7 @@ def test_products_and_their_slopes_are_numpys_by_every_kernel(
     expected = x @ matrix, weights @ matrix.T
     rows = x.reshape(-1, shape[-1]), weights.reshape(-1, outputs)
     expected_of_kernel = rows[0].T @ rows[1]
-    kinds = [False, True] if backend.NAME == "torch" else [False]
+    kinds = [False, True] if backend.NAME == "torch" and backend.on_cpu() else [False]
     for onednn in kinds:
         monkeypatch.setattr(backend, "_has_onednn", lambda onednn=onednn: onednn)
         a, w = (keras.ops.convert_to_tensor(v, "float32") for v in (x, weights))
@@ -123,7 +123,10 @@ NARROW = [("bfloat16", 2.0**-8), ("float16", 2.0**-11)]
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("rows", "outputs"), [(1, 65), (3, 1000), (40, 64)])
 @pytest.mark.parametrize(("dtype", "half_ulp"), NARROW)
-@pytest.mark.skipif(backend.NAME != "torch", reason="the others multiply by themselves")
+@pytest.mark.skipif(
+    backend.NAME != "torch" or not backend.on_cpu(),
+    reason="others multiply by themselves",
+)
 def test_narrow_products_and_slopes_round_once(
     dtype, half_ulp, rows, outputs, transposed, monkeypatch
 ):
@@ -185,7 +188,9 @@ print(megabytes() - before)
 
 
 @pytest.mark.skipif(
-    backend.NAME != "torch" or platform.libc_ver()[0] != "glibc",
+    backend.NAME != "torch"
+    or not backend.on_cpu()
+    or platform.libc_ver()[0] != "glibc",
     reason="torch alone leaves memory to glibc",
 )
 def test_freed_tensors_leave_the_process():

@@ -164,7 +164,7 @@ def gradients(lm, variables, backend):
     if backend == "torch":
         lm.zero_grad()
         loss().backward()
-        return [v.value.grad.numpy() for v in variables]
+        return [v.value.grad.cpu().numpy() for v in variables]
     if backend == "tensorflow":
         import tensorflow as tf
 

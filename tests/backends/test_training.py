@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from gemma_keras import trainer
+from gemma_keras.backend import torch_device
 from gemma_keras.sft import Checkpoints
 
 PAIRS = {
@@ -244,9 +245,9 @@ def test_gradients_reach_the_embeddings_that_are_given(new_lm, backend):
     elif backend == "torch":
         import torch
 
-        x = torch.from_numpy(rows).requires_grad_()
+        x = torch.tensor(rows, device=torch_device(), requires_grad=True)
         value(x).backward()
-        gradient = x.grad.numpy()
+        gradient = x.grad.cpu().numpy()
     else:
         import tensorflow as tf
 

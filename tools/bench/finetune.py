@@ -9,8 +9,8 @@ long tail, cut at 512. Ours packs rows of 512, TRL pads each batch to its longes
 example, KerasHub has rows of 512. Every contender runs in a process of its own, which
 is killed when it needs more than `--memory-limit`. Told are supervised tokens a second,
 from the end of the first step on; the same by the processor's seconds, all threads
-together, which other work on the machine disturbs less; and the largest resident memory
-of the process.
+together, which other work on the machine disturbs less; and the largest memory: that of
+the device on a GPU, else the resident one of the process.
 
 TRL runs as it comes ("default": it computes activations twice); keeping activations
 ("keeping"); and, besides, with examples of like lengths in a batch ("grouped"). Its
@@ -27,6 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import memory
 from contenders import SHAPE, keras_hub_model, our_model, transformers_model
 
 BACKENDS = ("jax", "tensorflow", "torch")
@@ -213,19 +214,13 @@ def train_trl(steps, settings):
 TRAINERS = {"ours": train_ours, "kerashub": train_keras_hub, "trl": train_trl}
 
 
-def peak_memory():
-    """Largest resident memory of this process, in GB."""
-    # Not ru_maxrss, which begins with the parent's.
-    return memory_of("self", "VmHWM") / 1e9
-
-
-def memory_of(process, field="VmRSS"):
-    """Bytes that Linux tells of a process; 0 if it has ended."""
+def memory_of(process):
+    """Resident bytes that Linux tells of a process; 0 if it has ended."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
         return 0
-    found = [line.split()[1] for line in status.splitlines() if line.startswith(field)]
+    found = [line.split()[1] for line in status.splitlines() if line[:5] == "VmRSS"]
     return 1024 * int(found[0]) if found else 0
 
 
@@ -292,7 +287,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.worker:
         report = TRAINERS[arguments.worker](arguments.steps, arguments.settings)
-        print(json.dumps({**report, "peak_gb": peak_memory()}), flush=True)
+        print(json.dumps({**report, "peak_gb": memory.peak() / 1e9}), flush=True)
         return
     results = []
     for number in range(arguments.rounds):
