@@ -238,7 +238,7 @@ class Replayed:
 
 
 def capture(function, inputs, pool):
-    """A CUDA graph of `function(inputs)`: what launches it, and where results will be."""
+    """A CUDA graph of `function(inputs)`: what launches it, where it puts results."""
     graph, stream = torch.cuda.CUDAGraph(), _capturing_stream(inputs[0].device)
     here = torch.cuda.current_stream()
     stream.wait_stream(here)
@@ -259,6 +259,10 @@ def _capturing_stream(device):
     return torch.cuda.Stream(device)
 
 
+# Place of each of graphs' own tensors to what was given out last, while it is needed.
+_given_out = weakref.WeakValueDictionary()
+
+
 class _Graph:
     """One CUDA graph of a function of tensors.
 
@@ -267,8 +271,6 @@ class _Graph:
     """
 
     MOST_OWNED = 2**28
-    # Place of what was given out last of a graph's own tensors, while somebody has it.
-    _given_out = weakref.WeakValueDictionary()
 
     def __init__(self, function, tensors, changed, pool):
         """`changed`: number of a result to that of the argument that it is."""
@@ -279,7 +281,7 @@ class _Graph:
             # Other objects, so that those that are given out can be told to be needed.
             self._own = {i: tensors[i].detach() for i in stays}
         for i in stays:
-            self._given_out[self._places[i]] = tensors[i]
+            _given_out[self._places[i]] = tensors[i]
         inputs = [
             x.detach() if i in stays else x.clone() for i, x in enumerate(tensors)
         ]
@@ -298,7 +300,7 @@ class _Graph:
     def may_take(self, arguments):
         """Whether nobody needs what would be overwritten."""
         return bool(self._own) and all(
-            arguments[i].data_ptr() == at or at not in self._given_out
+            arguments[i].data_ptr() == at or at not in _given_out
             for i, at in self._places.items()
         )
 
@@ -321,7 +323,7 @@ class _Graph:
                 targets.append(self._own[i])
                 sources.append(arguments[i])
                 arguments[i] = self._own[i].detach()
-            self._given_out[at] = arguments[i]
+            _given_out[at] = arguments[i]
         if targets:
             torch._foreach_copy_(targets, sources)
         before()
