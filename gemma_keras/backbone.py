@@ -32,7 +32,7 @@ from gemma_keras.config import GemmaConfig
 from gemma_keras.distribution import layout_map
 from gemma_keras.geglu import geglu
 from gemma_keras.packed import Quantizable, packed_init
-from gemma_keras.projection import Projection, TokenEmbedding
+from gemma_keras.projection import Projection, TokenEmbedding, project_together
 from gemma_keras.quantization import Packing
 
 
@@ -108,9 +108,11 @@ class Attention(keras.layers.Layer):
         config = self.config
         heads = (-1, x.shape[1], config.num_query_heads, config.head_dim)
         kv_heads = (-1, x.shape[1], config.num_kv_heads, config.head_dim)
-        query = ops.reshape(self.query(x, noise), heads)
-        key = ops.reshape(self.key(x, noise), kv_heads)
-        value = ops.reshape(self.value(x, noise), kv_heads)
+        query, key, value = project_together(
+            [self.query, self.key, self.value], x, noise
+        )
+        query = ops.reshape(query, heads)
+        key, value = ops.reshape(key, kv_heads), ops.reshape(value, kv_heads)
         if config.use_qk_norm:
             query, key = self.query_norm.call(query), self.key_norm.call(key)
         query, key = rotate(query, table), rotate(key, table)
@@ -184,7 +186,7 @@ class DecoderBlock(keras.layers.Layer):
 
     def feed_forward(self, x, residual_dtype, noise=None):
         """Down-project GELU(gate) * up."""
-        gate, up = self.ffw_gating(x, noise), self.ffw_gating_2(x, noise)
+        gate, up = project_together([self.ffw_gating, self.ffw_gating_2], x, noise)
         if self.compute_dtype != "float16":
             return self.ffw_linear(geglu(gate, up), noise)
         # The product, and the sum over F, pass 65504 on real Gemmas. Scale each token

@@ -230,7 +230,15 @@ def torch_attention_serves(query):
 
 
 def torch_attention(query, key, value, mask):
-    """Softmax(q k^T) v; query [B, K, R, H], the others [B, K, S, H], mask broadcast."""
+    """Softmax(q k^T) v; query [B, K, R, H], the others [B, K, S, H].
+
+    The mask is bool [B, 1, 1, S]: one token, which sees itself at least.
+    """
+    if query.shape[0] * query.shape[1] == 1:
+        # Half the time, for a single pair of matrices.
+        scores = torch.mm(query[0, 0], key[0, 0].T)
+        scores = torch.where(mask[0, 0], scores, -math.inf)
+        return torch.mm(torch.softmax(scores, dim=-1), value[0, 0])[None, None]
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, mask, scale=1.0
     )
@@ -444,6 +452,16 @@ def _packed_4_bits(codes):
     return torch._convert_weight_to_int4pack(wide[:, ::2] << 4 | wide[:, 1::2], 2)
 
 
+def has_packed_kernels(x):
+    """Whether products in few bits may have kernels for `x`: bfloat16, in a program."""
+    return (
+        NAME == "torch"
+        and _in_program.get() is not None
+        and x.dtype == torch.bfloat16
+        and _has_packed_kernels(x.device)
+    )
+
+
 @functools.cache
 def _has_packed_kernels(device):
     # torch's are not part of what it promises.
@@ -477,13 +495,12 @@ def rms_norm(x, scale, epsilon, dtype):
     if NAME == "torch" and _in_program.get():
         # Half of the operations, each of which takes a while to say. Not where there is
         # a gradient: a norm of zeros has none.
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        x = x.float()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         root = math.sqrt(x.shape[-1])
-        options = {"dtype": torch.float32, "device": x.device}
-        least = torch.full((1,), root * math.sqrt(epsilon), **options)
-        norm = torch.hypot(norm, least)
-        x = x / norm * ((1.0 + ops.cast(scale, "float32")) * root)
-        return ops.cast(x, dtype)
+        least = torch.full((1,), root * math.sqrt(epsilon), device=x.device)
+        gain = (1.0 + ops.cast(scale, "float32")) * root
+        return ops.cast((x / norm.hypot_(least)).mul_(gain), dtype)
     x = ops.cast(x, "float32")
     variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
     x = x * ops.rsqrt(variance + epsilon) * (1.0 + ops.cast(scale, "float32"))
@@ -508,6 +525,26 @@ def gated_gelu(gate, up):
     if _kernels(gate):
         return torch.ops.gemma_keras.gated_gelu(gate, up)
     return ops.gelu(gate, approximate=True) * up
+
+
+def argmax(x):
+    """The first place [B] of the largest number of each row of `x` [B, V], int32."""
+    if NAME == "torch" and x.device.type == "cpu" and x.shape[1] >= _MANY_NUMBERS:
+        # torch looks for a place a number at a time, and for a maximum many at once.
+        size = math.isqrt(x.shape[1])
+        while x.shape[1] % size:
+            size -= 1
+        parts = x.reshape(len(x), size, -1)
+        part = parts.amax(dim=-1).argmax(dim=-1)
+        chosen = parts.take_along_dim(part[:, None, None], dim=1)[:, 0]
+        place = part * parts.shape[-1] + chosen.argmax(dim=-1)
+    else:
+        place = ops.argmax(x, axis=-1)
+    return ops.cast(place, "int32")
+
+
+# From so many on it pays to look for them in two steps.
+_MANY_NUMBERS = 2**14
 
 
 # Keys of a row that a kernel holds at once.
@@ -553,11 +590,6 @@ def _has_kernels(device):
         # As on Windows, where torch comes without Triton.
         return False
     return True
-
-
-def in_bfloat16_program(x):
-    """Whether `x` is bfloat16, in a program whose gradient nobody asks for."""
-    return _in_program.get() and keras.backend.standardize_dtype(x.dtype) == "bfloat16"
 
 
 def identities(variables):

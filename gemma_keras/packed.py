@@ -6,9 +6,11 @@ for which nothing is kept.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 
+import numpy as np
 from keras import ops
 
 from gemma_keras import backend, distribution
@@ -133,7 +135,7 @@ class PackedMatrix:
         """As `_product`, for `x` [n, ...], without a gradient."""
         rows, columns = self.shape
         few = x.shape[0] is not None and x.shape[0] <= FEW_ROWS
-        if few and transposed and backend.in_bfloat16_program(x):
+        if few and transposed and backend.has_packed_kernels(x):
             packed = self._packed_for_kernels(parts)
             if packed is not None:
                 return backend.packed_product(x, packed, self.packing.group_size)
@@ -150,9 +152,13 @@ class PackedMatrix:
 
     def _packed_for_kernels(self, parts):
         """The matrix as the backend's own kernels read it; None if there are none."""
-        now = backend.identities(self.variables.values())
+        return self._kept_for_kernels([self], lambda: parts)
+
+    def _kept_for_kernels(self, matrices, parts):
+        """What `backend.packed_matrix` made of `parts()`, which are of `matrices`."""
+        now = backend.identities([v for m in matrices for v in m.variables.values()])
         if self._for_kernels is None or self._for_kernels[0] != now:
-            codes, scales, offsets = (*parts, None)[:3]
+            codes, scales, offsets = (*parts(), None)[:3]
             packed = backend.packed_matrix(
                 codes, scales, offsets, self.packing.group_size
             )
@@ -190,6 +196,33 @@ class PackedMatrix:
         _, made = backend.loop(lambda s: s[0] < rows, turn, (backend.counter(0), made))
         made = ops.reshape(made, (count, -1))
         return ops.cast(made, x.dtype)
+
+
+def products_together(matrices, x):
+    """`to_rows` of several `PackedMatrix`es, for the same `x` [..., columns], at once.
+
+    Returns:
+        A list; None where the backend has no kernel that serves.
+    """
+    first, count = matrices[0], math.prod(x.shape[:-1])
+    alike = first.packing.bits == 4 and len({m.packing for m in matrices}) == 1
+    if not (alike and count <= FEW_ROWS and backend.has_packed_kernels(x)):
+        return None
+
+    def parts():
+        together = zip(*(matrix.stored() for matrix in matrices), strict=True)
+        return [ops.concatenate(part, axis=0) for part in together]
+
+    packed = first._kept_for_kernels(matrices, parts)
+    if packed is None:
+        return None
+    flat = ops.reshape(x, (count, x.shape[-1]))
+    product = backend.packed_product(flat, packed, first.packing.group_size)
+    ends = np.cumsum([matrix.shape[0] for matrix in matrices])
+    return [
+        ops.reshape(part, (*x.shape[:-1], part.shape[-1]))
+        for part in ops.split(product, ends[:-1].tolist(), axis=1)
+    ]
 
 
 def _divisor(rows, most):

@@ -5,7 +5,7 @@ from keras import ops
 
 from gemma_keras import backend
 from gemma_keras.lora import Adapted
-from gemma_keras.packed import Packable, PackedStart
+from gemma_keras.packed import Packable, PackedStart, products_together
 from gemma_keras.quantization import pack
 
 
@@ -67,7 +67,10 @@ class Projection(Adapted, Packable, keras.layers.Dense):
 
     def call(self, inputs, noise=None):
         """`inputs` [..., in] to [..., out]; `noise` is for dropout, None without."""
-        outputs = self.multiply(inputs)
+        return self._updated(self.multiply(inputs), inputs, noise)
+
+    def _updated(self, outputs, inputs, noise):
+        """`outputs` of the kernel alone, with what adapters add."""
         for factors in self.active_factors():
             outputs = outputs + factors.update(inputs, noise)
             if factors.magnitude is not None:
@@ -81,6 +84,22 @@ class Projection(Adapted, Packable, keras.layers.Dense):
         if self.packed is not None:
             return self.packed.to_rows(inputs)
         return ops.cast(backend.matmul(inputs, self.kernel), inputs.dtype)
+
+
+def project_together(projections, inputs, noise=None):
+    """What several `Projection`s make of the same `inputs`, a list.
+
+    At once where they are quantised and the backend has a kernel for that.
+    """
+    products = None
+    if all(p.packed is not None and p.watch is None for p in projections):
+        products = products_together([p.packed for p in projections], inputs)
+    if products is None:
+        return [projection(inputs, noise) for projection in projections]
+    return [
+        projection._updated(product, inputs, noise)
+        for projection, product in zip(projections, products, strict=True)
+    ]
 
 
 class TokenEmbedding(Adapted, Packable, keras.layers.ReversibleEmbedding):

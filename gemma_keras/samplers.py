@@ -13,6 +13,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from gemma_keras import backend
+
 # Far below any logit, and finite, so that differences with it are numbers.
 DROPPED = -1e30
 
@@ -271,7 +273,7 @@ def choose(logits, controls, features, seen=None, noise=None):
     logits = filtered_logits(logits, controls, features, seen)
     if features.random:
         logits = logits + noise
-    return ops.cast(ops.argmax(logits, axis=-1), "int32")
+    return backend.argmax(logits)
 
 
 def log_probs(logits, tokens, features):

@@ -117,6 +117,17 @@ def test_products_in_programs_are_products(shape, outputs, transposed):
     np.testing.assert_allclose(product, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [7, 2**14, 2**14 + 27, 256_000])
+def test_the_first_of_the_largest_is_found(size):
+    rng = np.random.default_rng(size)
+    x = rng.integers(0, 50, (3, size)).astype("float32")
+    x[1] = -np.inf
+    x[2, size // 2 :] = 60.0
+    found = keras.ops.convert_to_numpy(backend.argmax(keras.ops.convert_to_tensor(x)))
+    assert found.dtype == "int32"
+    assert found.tolist() == x.argmax(-1).tolist()
+
+
 NARROW = [("bfloat16", 2.0**-8), ("float16", 2.0**-11)]
 
 

@@ -15,7 +15,7 @@ from small_model import CONFIG, build_model
 from gemma_keras import GemmaBackbone, GemmaCausalLM, backend, packed
 from gemma_keras.checkpoints import CheckpointError
 from gemma_keras.checkpoints.safetensors_file import SafetensorsFile
-from gemma_keras.projection import Projection
+from gemma_keras.projection import Projection, project_together
 from gemma_keras.quantization import Packing, Quantization, pack, unpack
 
 # Rows that int4 groups divide: 128 columns for the outputs of attention, 48 for those
@@ -221,6 +221,29 @@ def test_few_rows_are_multiplied_as_many_are(group_size):
         assert np.all(np.abs(found - expected) <= 2**-8 * size + 2**-8)
     if backend.NAME == "torch":
         assert (kept._for_kernels[1] is None) == (group_size == 16)
+
+
+@pytest.mark.parametrize("count", [1, 5, 40])
+@pytest.mark.parametrize("mode", MODES)
+def test_projections_of_the_same_are_made_together(mode, count, floats):
+    """As one by one, adapters included; in one product where there is a kernel."""
+    lm = floats(dtype="bfloat16")
+    lm.backbone.pack(MODES[mode])
+    lm.enable_lora(2, targets=["query", "value"])
+    attention = lm.backbone.blocks[0].attention
+    layers = [attention.query, attention.key, attention.value]
+    for layer in (attention.query, attention.value):
+        factors = layer.adapters["default"]
+        factors.b.assign(np.random.default_rng(1).normal(size=factors.b.shape))
+    x = np.random.default_rng(2).normal(size=(1, count, layers[0].columns))
+    x = ops.cast(x, "bfloat16")
+    program = backend.Program(lambda x: project_together(layers, x), lm.variables)
+    alone = backend.Program(lambda x: [layer(x) for layer in layers], lm.variables)
+    for one, other in zip(program(x), alone(x), strict=True):
+        one, other = (
+            ops.convert_to_numpy(ops.cast(y, "float32")) for y in (one, other)
+        )
+        np.testing.assert_allclose(one, other, rtol=2**-7, atol=2**-7)
 
 
 def test_what_cannot_be_is_refused(floats):
