@@ -468,7 +468,9 @@ def _has_packed_kernels(device):
     if device.type == "cpu":
         names = ("int8pack_mm", "int4pack_mm_for_cpu")
         return all(hasattr(torch, f"_weight_{name}") for name in names)
-    return _has_kernels(device) and hasattr(torch, "_weight_int4pack_mm")
+    # AMD's have numbers in another order.
+    there = hasattr(torch, "_weight_int4pack_mm") and torch.version.hip is None
+    return there and _has_kernels(device)
 
 
 def packed_product(x, packed, group_size):

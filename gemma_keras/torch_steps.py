@@ -7,6 +7,7 @@ compute. Imported on torch alone.
 
 import functools
 import math
+import threading
 import warnings
 import weakref
 
@@ -181,6 +182,10 @@ class Replayed:
 
     def __call__(self, kept, weights, before, arguments):
         """As `Recorded`; results that are no argument, changed, are copies."""
+        with _lock:
+            return self._call(kept, weights, before, arguments)
+
+    def _call(self, kept, weights, before, arguments):
         if self not in kept:
             kept[self] = values = weights()
             at = [value.data_ptr() for value in values]
@@ -244,7 +249,8 @@ def capture(function, inputs, pool):
     stream.wait_stream(here)
     # Not `torch.cuda.graph`, which collects garbage first.
     with torch.cuda.stream(stream):
-        graph.capture_begin(pool=pool)
+        # Other threads may do as they please meanwhile.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             results = function(inputs)
         finally:
@@ -259,6 +265,8 @@ def _capturing_stream(device):
     return torch.cuda.Stream(device)
 
 
+# Threads share where graphs read and write: one at a time, from copies to copies.
+_lock = threading.Lock()
 # Place of each of graphs' own tensors to what was given out last, while it is needed.
 _given_out = weakref.WeakValueDictionary()
 

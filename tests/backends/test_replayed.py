@@ -4,6 +4,8 @@ What stands in for a CUDA graph runs the function once more, from and to the pla
 the graph was made for: all that is different on a device is who computes.
 """
 
+import concurrent.futures
+
 import numpy as np
 import pytest
 
@@ -136,6 +138,19 @@ def test_weights_may_change(how, new_lm, captured, monkeypatch):
     found = lm.generate(PROMPTS[1], max_new_tokens=9, **FREE)
     monkeypatch.setattr(backend, "_replays", lambda device: False)
     assert found == plain.generate(PROMPTS[1], max_new_tokens=9, **FREE) != texts[0]
+
+
+def test_threads_may_generate_at_once(new_lm, captured):
+    """As in a server: graphs are shared, and what they work on."""
+    lm, plain = new_lm(), new_lm()
+    prompts = PROMPTS * 3
+    options = {"max_new_tokens": 25, **FREE}
+    expected = [plain.generate(prompt, **options) for prompt in prompts]
+    for _ in range(3):
+        lm.generate(PROMPTS[0], **options)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: lm.generate(prompt, **options), prompts))
+    assert found == expected
 
 
 def test_guesses_and_drafts_are_replayed_too(new_lm, captured):
