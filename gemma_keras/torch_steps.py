@@ -170,7 +170,7 @@ class Replayed:
     """
 
     # Graphs that are kept; another one takes as long to make as some tokens.
-    MOST = 4
+    MOST = 8
 
     def __init__(self, graph, count):
         """Of a graph whose first `count` inputs are weights."""
@@ -278,7 +278,7 @@ class _Graph:
     be copied to when nobody needs it any more. What is larger is known by its place.
     """
 
-    MOST_OWNED = 2**28
+    MOST_OWNED = 2**27
 
     def __init__(self, function, tensors, changed, pool):
         """`changed`: number of a result to that of the argument that it is."""

@@ -5,6 +5,7 @@ the graph was made for: all that is different on a device is who computes.
 """
 
 import concurrent.futures
+import time
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ def captured(monkeypatch):
         count[0] += 1
 
         def replay():
+            time.sleep(1e-4)  # as a device takes a while: other threads go on
             for place, x in zip(results, function(inputs), strict=True):
                 place.copy_(x)
 
@@ -103,7 +105,7 @@ def test_what_somebody_holds_is_not_overwritten(new_lm, captured):
     assert cache.reused
 
 
-@pytest.mark.parametrize("most", [2**28, 0])
+@pytest.mark.parametrize("most", [2**27, 0])
 def test_what_is_large_is_known_by_its_place_alone(most, new_lm, captured, monkeypatch):
     from gemma_keras import torch_steps
 
