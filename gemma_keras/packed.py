@@ -204,9 +204,13 @@ def products_together(matrices, x):
     Returns:
         A list; None where the backend has no kernel that serves.
     """
-    first, count = matrices[0], math.prod(x.shape[:-1])
+    first = matrices[0]
     alike = first.packing.bits == 4 and len({m.packing for m in matrices}) == 1
-    if not (alike and count <= FEW_ROWS and backend.has_packed_kernels(x)):
+    # Only where there are kernels are all sizes known.
+    if not (alike and backend.has_packed_kernels(x)):
+        return None
+    count = math.prod(x.shape[:-1])
+    if count > FEW_ROWS:
         return None
 
     def parts():

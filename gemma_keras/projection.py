@@ -82,8 +82,10 @@ class Projection(Adapted, Packable, keras.layers.Dense):
         if self.watch is not None:
             self.watch(inputs)
         if self.packed is not None:
-            return self.packed.to_rows(inputs)
-        return ops.cast(backend.matmul(inputs, self.kernel), inputs.dtype)
+            product = self.packed.to_rows(inputs)
+        else:
+            product = backend.matmul(inputs, self.kernel)
+        return ops.cast(product, inputs.dtype)
 
 
 def project_together(projections, inputs, noise=None):
