@@ -1,23 +1,26 @@
 """Kernels for GPUs against plain operations: on a GPU, or interpreted on a CPU."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 
 from gemma_keras import backend
 from gemma_keras.attention import MASKED, soft_cap
 
-if backend.NAME != "torch":
-    pytest.skip("torch's kernels", allow_module_level=True)
-pytest.importorskip("triton", reason="Triton comes with torch for GPUs, and for tests")
-torch = pytest.importorskip("torch")
+if backend.NAME == "torch":
+    import torch
+
+    DEVICE = backend.torch_device().type
 
 # The interpreter's own, of numpy.
 pytestmark = [
+    pytest.mark.skipif(backend.NAME != "torch", reason="torch's kernels"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton"),
     pytest.mark.filterwarnings("ignore:overflow encountered"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim"),
 ]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": 2.0**-20, "bfloat16": 2.0**-7}
 
 
