@@ -3,6 +3,7 @@
 The only module that knows which backend runs, and the only one that imports it.
 """
 
+import atexit
 import contextlib
 import contextvars
 import ctypes
@@ -938,6 +939,13 @@ def join_processes():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group()
+    # Left to the end of the interpreter, its threads may abort the process.
+    atexit.register(_leave_processes)
+
+
+def _leave_processes():
+    if _torch_distributed():
+        torch.distributed.destroy_process_group()
 
 
 def process():
