@@ -308,6 +308,7 @@ class _Core:
         return ops.cast(self._narrow(query, key), "float32")
 
     def _narrow(self, query, key):
+        """The products in the dtype that they are made in."""
         return backend.row_products(query, key)
 
     def _masked(self, scores, mask, hidden=MASKED):

@@ -252,8 +252,7 @@ class Engine:
         # At once: one after the other, the arrays of a cache take longer than a token.
         size = rows, capacity, dtype, spare
         make = lambda: self._blank_state(*size)  # noqa: E731
-        self._forget_others()
-        return self._kept(("blank", None, size), lambda: backend.Program(make, ()))()
+        return self.program("blank", None, size, make, variables=())()
 
     def _blank_state(self, rows, capacity, dtype, spare):
         backbone = self.backbone
@@ -315,7 +314,7 @@ class Engine:
         auto = self.kv_cache_dtype == "auto"
         return self.backbone.compute_dtype if auto else self.kv_cache_dtype
 
-    def program(self, kind, features, size, function, donated=None):
+    def program(self, kind, features, size, function, donated=None, variables=None):
         """The `backend.Program` that is kept under these names; made if there is none.
 
         Args:
@@ -324,19 +323,19 @@ class Engine:
             size: what else it was made for, hashable.
             function: what it is made of.
             donated: as in `backend.Program`.
+            variables: likewise; all of the backbone's if None.
         """
-        self._forget_others()
-        return self._kept(
-            (kind, features, size),
-            lambda: backend.Program(function, self.backbone.variables, donated),
-        )
-
-    def _forget_others(self):
-        now = backend.identities(self.backbone.variables)
+        weights = self.backbone.variables
+        now = backend.identities(weights)
         if now != self._variables:
             # Adapters or quantisation gave the model other weights.
             self._variables = now
             self._programs.clear()
+        variables = weights if variables is None else variables
+        return self._kept(
+            (kind, features, size),
+            lambda: backend.Program(function, variables, donated),
+        )
 
     def step(self, kind, features, function):
         """The `backend.Step` that is kept under these names, for use in a program."""
@@ -399,15 +398,15 @@ class Engine:
             for name, x in inputs.items()
         }
         count = backend.least(length - start, size)
-        read, before = self._read_part, cache
+        read, old = self._read_part, cache
         if backend.few_shapes():
             read = self.step("chunk", None, read)
             # No Python's 0, which says that all columns are the first, and no padding.
             length = ops.convert_to_tensor(cache.length, dtype="int32")
-            before = cache._replace(length=length)
-        read, hidden = read(before, part, count - 1)
+            old = cache._replace(length=length)
+        new, hidden = read(old, part, count - 1)
         # Counted here, since they are Python's integers on torch.
-        return read._replace(length=cache.length + count), hidden, start + size
+        return new._replace(length=cache.length + count), hidden, start + size
 
     def _read_part(self, cache, inputs, last):
         """The cache after some columns, and hidden states [B, D] of the `last`."""

@@ -1,9 +1,11 @@
 """Kernels for GPUs against plain operations: on a GPU, or interpreted on a CPU."""
 
+import dataclasses
 import importlib.util
 
 import numpy as np
 import pytest
+from small_model import CONFIG
 
 from gemma_keras import backend
 from gemma_keras.attention import MASKED, soft_cap
@@ -118,26 +120,14 @@ def test_products_with_codes(shape, kernels):
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_a_model_says_the_same_with_and_without(heads, kernels, monkeypatch):
-    """Through generation, recorded steps included; Gemma 2's caps and norms."""
+    """Through generation, recorded steps included; with caps and all norms."""
     import keras
 
-    from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig
+    from gemma_keras import GemmaBackbone, GemmaCausalLM
 
-    config = GemmaConfig(
-        vocab_size=64,
-        num_layers=2,
-        hidden_dim=24,
-        ffn_dim=40,
-        num_query_heads=2,
-        num_kv_heads=heads,
-        head_dim=16,
-        query_pre_attn_scalar=16.0,
-        layer_pattern="LG",
-        sliding_window=8,
-        attn_logit_soft_cap=5.0,
-        final_logit_soft_cap=5.0,
-        use_post_norms=True,
-    )
+    # Heads that the rotation's kernel takes.
+    caps = {"attn_logit_soft_cap": 5.0, "final_logit_soft_cap": 5.0}
+    config = dataclasses.replace(CONFIG, head_dim=16, num_kv_heads=heads, **caps)
     keras.utils.set_random_seed(5)
     lm = GemmaCausalLM(GemmaBackbone(config, dtype="float32"))
     monkeypatch.setattr(backend.Step, "PATIENCE", 3)

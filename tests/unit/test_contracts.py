@@ -84,11 +84,13 @@ def test_only_the_backend_module_knows_a_tensor_library(path):
     libraries = {"jax", "torch", "tensorflow"}
     # What torch.save wrote is read with torch, whatever the backend; the last two are
     # what backend imports on torch alone.
-    allowed = {"backend": libraries}
-    torch_alone = ("torch_file", "torch_steps", "triton_kernels")
-    allowed |= {name: libraries & {"torch"} for name in torch_alone}
-    allowed = allowed.get(path.stem, set())
-    assert imported.isdisjoint(libraries - allowed)
+    allowed = {
+        "backend": libraries,
+        "torch_file": {"torch"},
+        "torch_steps": {"torch"},
+        "triton_kernels": {"torch"},
+    }
+    assert imported.isdisjoint(libraries - allowed.get(path.stem, set()))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
