@@ -72,7 +72,9 @@ def test_products_and_their_slopes_are_numpys_by_every_kernel(
     expected_of_kernel = rows[0].T @ rows[1]
     kinds = [False, True] if backend.NAME == "torch" and backend.on_cpu() else [False]
     for onednn in kinds:
-        monkeypatch.setattr(backend, "_has_onednn", lambda onednn=onednn: onednn)
+        monkeypatch.setattr(
+            backend.torch_products, "_has_onednn", lambda onednn=onednn: onednn
+        )
         a, w = (keras.ops.convert_to_tensor(v, "float32") for v in (x, weights))
         k = backend.tensor_from_array(kernel, "float32")
         found = keras.ops.convert_to_numpy(backend.matmul(a, k, transposed))
@@ -142,9 +144,11 @@ def test_narrow_products_and_slopes_round_once(
     dtype, half_ulp, rows, outputs, transposed, monkeypatch
 ):
     """Where the processor has no instructions for them, and a kernel has parts."""
-    monkeypatch.setattr(backend, "_multiplies_on_cpu", lambda dtype: False)
-    monkeypatch.setattr(backend, "_WIDENED_FEW", 2**14)
-    monkeypatch.setattr(backend, "_WIDENED_MANY", 2**12)
+    monkeypatch.setattr(
+        backend.torch_products, "_multiplies_on_cpu", lambda dtype: False
+    )
+    monkeypatch.setattr(backend.torch_products, "_WIDENED_FEW", 2**14)
+    monkeypatch.setattr(backend.torch_products, "_WIDENED_MANY", 2**12)
     rng = np.random.default_rng(1)
 
     def drawn(*shape):

@@ -29,7 +29,7 @@ DTYPES = {"float32": 2.0**-20, "bfloat16": 2.0**-7}
 @pytest.fixture(scope="module")
 def kernels():
     """The operations, registered."""
-    from gemma_keras import triton_kernels  # noqa: F401
+    from gemma_keras.backend import triton_kernels  # noqa: F401
 
     return torch.ops.gemma_keras
 
@@ -134,7 +134,9 @@ def test_a_model_says_the_same_with_and_without(heads, kernels, monkeypatch):
     prompt = {"token_ids": np.array([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]], "int32")}
     answers = []
     for there in (False, True):
-        monkeypatch.setattr(backend, "_has_kernels", lambda device, there=there: there)
+        monkeypatch.setattr(
+            backend.fused, "has_kernels", lambda device, there=there: there
+        )
         lm.engine._programs.clear()
         found = lm.generate(prompt, max_new_tokens=12, stop_token_ids=())
         answers.append(np.array(found["token_ids"]).tolist())

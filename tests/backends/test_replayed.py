@@ -25,7 +25,7 @@ def captured(monkeypatch):
     """How many graphs were made, in a list of one number."""
     import torch
 
-    from gemma_keras import torch_steps
+    from gemma_keras.backend import torch_steps
 
     count = [0]
 
@@ -42,7 +42,7 @@ def captured(monkeypatch):
 
     monkeypatch.setattr(torch_steps, "capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(backend, "_replays", lambda device: True)
+    monkeypatch.setattr(backend.programs, "_replays", lambda device: True)
     return count
 
 
@@ -58,10 +58,10 @@ def asked(lm, **options):
 
 
 def test_answers_are_those_of_the_plain_path(new_lm, captured, monkeypatch):
-    monkeypatch.setattr(backend, "_replays", lambda device: False)
+    monkeypatch.setattr(backend.programs, "_replays", lambda device: False)
     monkeypatch.setattr(backend.Step, "PATIENCE", 10**9)
     expected = list(asked(new_lm()))
-    monkeypatch.setattr(backend, "_replays", lambda device: True)
+    monkeypatch.setattr(backend.programs, "_replays", lambda device: True)
     lm = new_lm()
     for _ in range(4):
         assert list(asked(lm)) == expected
@@ -107,7 +107,7 @@ def test_what_somebody_holds_is_not_overwritten(new_lm, captured):
 
 @pytest.mark.parametrize("most", [2**27, 0])
 def test_what_is_large_is_known_by_its_place_alone(most, new_lm, captured, monkeypatch):
-    from gemma_keras import torch_steps
+    from gemma_keras.backend import torch_steps
 
     monkeypatch.setattr(torch_steps._Graph, "MOST_OWNED", most)
     lm, answers = new_lm(), set()
@@ -138,7 +138,7 @@ def test_weights_may_change(how, new_lm, captured, monkeypatch):
         else:
             scale.value.data.add_(3.0)
     found = lm.generate(PROMPTS[1], max_new_tokens=9, **FREE)
-    monkeypatch.setattr(backend, "_replays", lambda device: False)
+    monkeypatch.setattr(backend.programs, "_replays", lambda device: False)
     assert found == plain.generate(PROMPTS[1], max_new_tokens=9, **FREE) != texts[0]
 
 
@@ -166,7 +166,7 @@ def test_guesses_and_drafts_are_replayed_too(new_lm, captured):
 
 
 def test_a_device_that_makes_no_graph_is_told_of(new_lm, captured, monkeypatch):
-    from gemma_keras import torch_steps
+    from gemma_keras.backend import torch_steps
 
     def capture(function, inputs, pool):
         raise RuntimeError("no graphs today")
@@ -175,7 +175,7 @@ def test_a_device_that_makes_no_graph_is_told_of(new_lm, captured, monkeypatch):
     lm = new_lm()
     with pytest.warns(UserWarning, match="without CUDA graphs: no graphs today"):
         texts = [lm.generate(PROMPTS[1], max_new_tokens=30, **FREE) for _ in range(4)]
-    monkeypatch.setattr(backend, "_replays", lambda device: False)
+    monkeypatch.setattr(backend.programs, "_replays", lambda device: False)
     assert set(texts) == {new_lm().generate(PROMPTS[1], max_new_tokens=30, **FREE)}
 
 

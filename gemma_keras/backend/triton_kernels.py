@@ -2,8 +2,8 @@
 
 A token of a small model is a thousand short kernels otherwise, each of which takes
 longer to begin than to run. They are operations of torch (`torch.ops.gemma_keras`), so
-that a recorded step has them too, and have no gradients. backend.py says what each
-computes. Imported where there is Triton.
+that a recorded step has them too, and have no gradients. What each computes is told in
+fused.py and packed_products.py. Imported where there is Triton.
 """
 
 import math

@@ -1,0 +1,161 @@
+"""Functions with gradients of their own, and what a backward pass keeps."""
+
+import contextlib
+
+import keras
+from keras import ops
+
+from gemma_keras.backend.library import NAME, jax, tf, torch
+from gemma_keras.backend.running import in_program
+
+
+def may_be_differentiated():
+    """Whether somebody may ask for the gradient of what is computed now."""
+    return not in_program.get() and (NAME != "torch" or torch.is_grad_enabled())
+
+
+def with_gradient(function, gradient, *inputs):
+    """The value of a function of tensors, differentiated by another one.
+
+    Args:
+        function: takes `inputs`; returns its value and a tuple of tensors to keep.
+        gradient: takes the value's slopes and what was kept; returns those of each
+            input, None for one that has no slopes.
+        *inputs: tensors. Functions that close over others cannot be computed again
+            for a backward pass on JAX.
+    """
+    if NAME == "torch":
+        return _WithGradient.apply(function, gradient, *inputs)
+    if NAME == "jax":
+        run = jax.custom_vjp(lambda *inputs: function(*inputs)[0])
+        run.defvjp(function, lambda kept, upstream: tuple(gradient(upstream, *kept)))
+        return run(*inputs)
+
+    @ops.custom_gradient
+    def run(*inputs):
+        value, kept = function(*inputs)
+        return value, lambda upstream: tuple(gradient(upstream, *kept))
+
+    return run(*inputs)
+
+
+if NAME == "torch":
+
+    class _WithGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, function, gradient, *inputs):
+            value, kept = function(*inputs)
+            ctx.gradient = gradient
+            ctx.save_for_backward(*kept)
+            return value
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return None, None, *ctx.gradient(upstream, *ctx.saved_tensors)
+
+
+HAS_GELU_GRADIENT = NAME == "torch"
+
+
+def gelu_gradient(upstream, x):
+    """Slopes of `x`, given those of GELU(x) in its tanh form, where they are built in.
+
+    That is, on torch: `HAS_GELU_GRADIENT`.
+    """
+    return torch.ops.aten.gelu_backward(upstream, x, approximate="tanh")
+
+
+def linear(forward, backward, x):
+    """`forward(x)`, differentiated by `backward`, for which nothing is kept.
+
+    Args:
+        forward: a linear function of a tensor.
+        backward: its transpose: from slopes of the value to slopes of `x`.
+        x: the tensor.
+    """
+    if NAME == "torch":
+        return _Linear.apply(forward, backward, x)
+
+    @ops.custom_gradient
+    def run(x):
+        def gradient(*args, upstream=None):
+            return backward(args[0] if upstream is None else upstream)
+
+        return forward(x), gradient
+
+    return run(x)
+
+
+if NAME == "torch":
+
+    class _Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, forward, backward, x):
+            ctx.transpose = backward
+            return forward(x)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return None, None, ctx.transpose(upstream)
+
+
+def not_before(value, x):
+    """The tensor `value`, which XLA cannot compute with before it has the floats `x`.
+
+    XLA joins equal computations, and begins as early as it can: what is computed again
+    for a backward pass would be kept from the forward pass.
+    """
+    traced = NAME == "jax" and isinstance(x, jax.core.Tracer)
+    if not traced and (NAME != "tensorflow" or tf.executing_eagerly()):
+        return value
+    # It does not know that this is true, since a float may be NaN.
+    corner = ops.reshape(x, (-1,))[0]
+    return ops.where(corner == corner, value, ops.zeros_like(value))
+
+
+def no_gradient():
+    """A context within which torch keeps nothing for a backward pass."""
+    return torch.no_grad() if NAME == "torch" else contextlib.nullcontext()
+
+
+def remat(function):
+    """`function` of a tensor, of which a backward pass keeps the argument alone."""
+    if NAME == "torch":
+        return keras.remat(function)
+    return _jax_remat(function) if NAME == "jax" else _tensorflow_remat(function)
+
+
+def _jax_remat(function):
+    def call(x):
+        flat, values = jax.closure_convert(function, x)
+        run = jax.custom_vjp(flat)
+
+        def forward(x, *values):
+            return flat(x, *values), (x, values)
+
+        def backward(kept, upstream):
+            x, values = kept
+            return jax.vjp(flat, not_before(x, upstream), *values)[1](upstream)
+
+        run.defvjp(forward, backward)
+        return run(x, *values)
+
+    return call
+
+
+def _tensorflow_remat(function):
+    # That of TensorFlow makes the second pass wait in a way that XLA sees through.
+    @tf.custom_gradient
+    def call(x):
+        def gradient(upstream, variables=()):
+            again = not_before(x, upstream)
+            with tf.GradientTape() as tape:
+                tape.watch(again)
+                value = function(again)
+            sources = [again, *variables]
+            slope, *slopes = tape.gradient(value, sources, output_gradients=upstream)
+            return slope, slopes
+
+        return function(x), gradient
+
+    return call

@@ -1,0 +1,123 @@
+"""Products with matrices, each in the way that its backend is fastest at."""
+
+import math
+
+import keras
+from keras import ops
+
+from gemma_keras.backend.device import on_cpu
+from gemma_keras.backend.library import NAME, jax, jnp, tf, torch
+from gemma_keras.backend.running import in_program
+from gemma_keras.backend.torch_products import (
+    differentiable,
+    matmul_few_rows,
+    matmul_widened,
+    onednn_is_faster,
+    onednn_product,
+    torch_is_slow_in,
+    torch_would_use_one_core,
+)
+
+
+def matmul(x, kernel, transposed=False):
+    """`x` [..., D] times `kernel` [D, F], or [F, D] if `transposed`.
+
+    In the dtype of `x`, or in float32 where that is what the backend makes anyway.
+    """
+    kernel = ops.cast(kernel, x.dtype)
+    if _xla_would_copy(x):
+        return _matmul_bfloat16(x, kernel, transposed)
+    if torch_is_slow_in(x):
+        return matmul_widened(x, kernel.T if transposed else kernel)
+    if onednn_is_faster(x, kernel, transposed):
+        return differentiable(onednn_product, x, kernel.T if transposed else kernel)
+    if torch_would_use_one_core(x):
+        return matmul_few_rows(x, kernel, transposed)
+    if NAME == "tensorflow":
+        return _tensorflow_matmul(x, kernel, transposed)
+    kernel = ops.transpose(kernel) if transposed else kernel
+    if _xla_is_slow_with_one_row(x):
+        rows = jnp.broadcast_to(jnp.reshape(x, (1, -1)), (2, x.shape[-1]))
+        return jnp.reshape(jnp.matmul(rows, kernel)[:1], (*x.shape[:-1], -1))
+    return ops.matmul(x, kernel)
+
+
+def _xla_is_slow_with_one_row(x):
+    """Whether two rows take less time: on a GPU, one has no kernel but a sum.
+
+    Only for narrow floats, whose products round anyway: two rows of float32 may be
+    multiplied with less precision than one.
+    """
+    return (
+        NAME == "jax"
+        and math.prod(x.shape[:-1]) == 1
+        and x.dtype in (jnp.bfloat16, jnp.float16)
+        and in_program.get() is not None
+        and jax.default_backend() == "gpu"
+    )
+
+
+def _tensorflow_matmul(x, kernel, transposed):
+    # Keras' way for more than two axes makes ten times the operations.
+    sizes = x.shape.as_list()[:-1]
+    if sizes.count(None) > 1:
+        sizes = tf.unstack(tf.shape(x))[:-1]
+    sizes = [-1 if size is None else size for size in sizes]
+    rows = tf.reshape(x, (-1, x.shape[-1]))
+    product = tf.matmul(rows, kernel, transpose_b=transposed)
+    return tf.reshape(product, (*sizes, product.shape[-1]))
+
+
+def _xla_would_copy(x):
+    """Whether XLA would make a float32 copy of what `x` is multiplied with.
+
+    On a CPU it does so with bfloat16, for every weight of a program at once, which
+    takes three times the memory of the model. Products of more than one row with a
+    result in float32 are the exception: they have kernels that read bfloat16.
+    """
+    if keras.backend.standardize_dtype(x.dtype) != "bfloat16":
+        return False
+    # TensorFlow knows this kind of product inside XLA only.
+    return NAME != "torch" and in_program.get() and on_cpu()
+
+
+def _matmul_bfloat16(x, kernel, transposed):
+    shape = tuple(x.shape)
+    rows = ops.reshape(x, (-1, shape[-1]))
+    alone = rows.shape[0] == 1
+    if alone:
+        rows = ops.concatenate([rows, rows], axis=0)
+    if NAME == "jax":
+        axes = (((1,), (1 if transposed else 0,)), ((), ()))
+        product = jax.lax.dot_general(
+            rows, kernel, axes, preferred_element_type=jnp.float32
+        )
+    else:
+        product = tf.raw_ops.BatchMatMulV3(
+            x=rows, y=kernel, adj_y=transposed, Tout=tf.float32
+        )
+    product = product[:1] if alone else product
+    return ops.reshape(product, (*shape[:-1], product.shape[-1]))
+
+
+def batch_matmul(x, y):
+    """`x` [..., T, D] times `y` [..., D, S], in the dtype of `x`.
+
+    For use where torch is not asked for the gradient, as within `with_gradient`: it
+    would keep copies in float32.
+    """
+    if torch_is_slow_in(x):
+        return torch.matmul(x.float(), y.float()).to(x.dtype)
+    return ops.matmul(x, y)
+
+
+def row_products(x, y):
+    """Products of the rows of `x` [..., R, D] and of `y` [..., S, D]: [..., R, S].
+
+    In the dtype of `x`; for use where `batch_matmul` is.
+    """
+    turned = NAME != "torch" and x.shape[-2] < x.shape[-1]
+    if turned and in_program.get() and on_cpu():
+        # XLA copies what it turns there: the result, then, in place of `y`.
+        return ops.swapaxes(ops.matmul(y, ops.swapaxes(x, -1, -2)), -1, -2)
+    return batch_matmul(x, ops.swapaxes(y, -1, -2))

@@ -1,0 +1,165 @@
+"""Tensors: made of arrays, written to, read and looked at."""
+
+import math
+
+import numpy as np
+from keras import ops
+
+from gemma_keras.backend.device import torch_device
+from gemma_keras.backend.library import NAME, jax, jnp, tf, torch
+from gemma_keras.buffers import aligned_copy
+
+
+def tensor_from_array(array, dtype):
+    """A tensor of a numpy array, in `dtype`, copied as little as the backend allows.
+
+    On torch and a CPU the tensor shares the array's memory, also that of a transposed
+    view. JAX and TensorFlow want it in order: they take over one copy.
+    """
+    bfloat16 = array.dtype.name == "bfloat16"
+    if NAME == "torch":
+        if bfloat16:
+            tensor = torch.from_numpy(array.view("uint16")).view(torch.bfloat16)
+        else:
+            tensor = torch.from_numpy(array)
+        return tensor.to(torch_device(), dtype=getattr(torch, dtype))
+    copy = aligned_copy(array)
+    if NAME == "jax":
+        return jax.device_put(copy, may_alias=True).astype(dtype)
+    # DLPack of numpy knows no bfloat16.
+    capsule = (copy.view("int16") if bfloat16 else copy).__dlpack__()
+    tensor = tf.experimental.dlpack.from_dlpack(capsule)
+    return tf.cast(tf.bitcast(tensor, tf.bfloat16) if bfloat16 else tensor, dtype)
+
+
+def tensor_in_parts(array, dtype, layout):
+    """A tensor of a numpy array, each device's part copied onto it alone (JAX).
+
+    Args:
+        array: may be a view.
+        dtype: of the tensor.
+        layout: a `keras.distribution.TensorLayout`.
+    """
+    parts = jax.make_array_from_callback(
+        # XLA may take over memory that it is given, and a file's would not stay.
+        array.shape,
+        layout.backend_layout,
+        lambda part: np.array(array[part]),
+    )
+    return parts.astype(dtype)
+
+
+def all_finite(tensor):
+    """Whether no element is NaN or infinite, found without a copy of the tensor."""
+    if NAME == "torch":
+        # aminmax copies what is not in order, as a transposed kernel is.
+        ordered = tensor if tensor.is_contiguous() else tensor.T
+        ends = torch.stack(torch.aminmax(ordered))
+        return bool(torch.isfinite(ends).all())
+    if NAME == "jax":
+        return bool(_jax_all_finite(tensor))
+    return bool(tf.reduce_all(tf.math.is_finite(tensor)))
+
+
+if NAME == "jax":
+
+    @jax.jit
+    def _jax_all_finite(tensor):
+        return jnp.isfinite(jnp.max(jnp.abs(tensor)))
+
+
+def argmax(x):
+    """The first place [B] of the largest number of each row of `x` [B, V], int32."""
+    if NAME == "torch" and x.device.type == "cpu" and x.shape[1] >= _MANY_NUMBERS:
+        # torch looks for a place a number at a time, and for a maximum many at once.
+        size = math.isqrt(x.shape[1])
+        while x.shape[1] % size:
+            size -= 1
+        parts = x.reshape(len(x), size, -1)
+        part = parts.amax(dim=-1).argmax(dim=-1)
+        chosen = parts.take_along_dim(part[:, None, None], dim=1)[:, 0]
+        place = part * parts.shape[-1] + chosen.argmax(dim=-1)
+    else:
+        place = ops.argmax(x, axis=-1)
+    return ops.cast(place, "int32")
+
+
+# From so many on it pays to look for them in two steps.
+_MANY_NUMBERS = 2**14
+
+
+def identities(variables):
+    """What tells whether variables are still the same, with the same integers."""
+    found = [*map(id, variables)]
+    if NAME == "torch":
+        values = [v.value for v in variables if not v.value.dtype.is_floating_point]
+        found += [value._version for value in values]
+    return found
+
+
+def write_slots(buffer, new, start, axis):
+    """`buffer` with `new` at `start` along `axis`: in place wherever that is possible.
+
+    On torch the argument itself is changed, JAX and TensorFlow reuse the memory of a
+    donated or loop-carried buffer.
+    """
+    new = ops.cast(new, buffer.dtype)
+    if NAME == "torch":
+        with torch.no_grad():
+            if isinstance(start, torch.Tensor):
+                # In a recorded step, to which the place is an argument.
+                places = start + torch.arange(new.shape[axis], device=start.device)
+                return buffer.index_copy_(axis, places, new)
+            buffer.narrow(axis, int(start), new.shape[axis]).copy_(new)
+        return buffer
+    starts = [0] * len(buffer.shape)
+    starts[axis] = start
+    if NAME == "jax":
+        return jax.lax.dynamic_update_slice(buffer, new, starts)
+    return ops.slice_update(buffer, starts, new)
+
+
+def read_slots(buffer, start, axis, size=1):
+    """The slice of `size` of `buffer` from `start` along `axis`."""
+    if NAME == "torch":
+        if isinstance(start, torch.Tensor):
+            places = start + torch.arange(size, device=start.device)
+            return buffer.index_select(axis, places)
+        return buffer.narrow(axis, int(start), size)
+    if NAME == "tensorflow":
+        # To XLA the start of a slice is a constant: it would compile for every one.
+        return tf.gather(buffer, start + tf.range(size), axis=axis)
+    starts, sizes = [0] * len(buffer.shape), list(buffer.shape)
+    starts[axis], sizes[axis] = start, size
+    return ops.slice(buffer, starts, sizes)
+
+
+def column_squares(kernel):
+    """Sum of the squares of each column of `kernel` [in, out], float32 [out]."""
+    if NAME == "torch":
+        # A sum of squares would first make a tensor of them.
+        value = ops.convert_to_tensor(kernel)
+        return torch.linalg.vector_norm(value, dim=0, dtype=torch.float32).square()
+    return ops.sum(ops.square(ops.cast(kernel, "float32")), axis=0)
+
+
+def to_numpy(value):
+    """A tensor or a Keras variable as a numpy array.
+
+    On JAX processes may each hold a part of it: it is brought together then, for which
+    all of them have to call this.
+    """
+    if NAME == "jax":
+        array = ops.convert_to_tensor(value)
+        if not (array.is_fully_addressable or array.is_fully_replicated):
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.process_allgather(array, tiled=True)
+    return ops.convert_to_numpy(value)
+
+
+def host_copy(variable):
+    """The value of a Keras variable, copied to the host's memory, in its own dtype."""
+    if NAME == "torch":
+        return variable.value.detach().to("cpu", copy=True)
+    return np.array(to_numpy(variable))

@@ -1,0 +1,205 @@
+"""Products that torch would make in a slow way, on a CPU."""
+
+import functools
+import math
+
+from gemma_keras.backend.library import NAME, torch
+from gemma_keras.backend.running import in_program
+
+
+def torch_attention_serves(query):
+    """Whether `torch_attention` is faster than single operations, for few queries."""
+    return (
+        NAME == "torch"
+        and in_program.get()
+        and query.dtype == torch.bfloat16
+        and query.device.type == "cpu"
+        and _multiplies_on_cpu(query.dtype)
+    )
+
+
+def torch_attention(query, key, value, mask):
+    """Softmax(q k^T) v; query [B, K, R, H], the others [B, K, S, H].
+
+    The mask is bool [B, 1, 1, S]: one token, which sees itself at least.
+    """
+    if query.shape[0] * query.shape[1] == 1:
+        # Half the time, for a single pair of matrices.
+        scores = torch.mm(query[0, 0], key[0, 0].T)
+        scores = torch.where(mask[0, 0], scores, -math.inf)
+        return torch.mm(torch.softmax(scores, dim=-1), value[0, 0])[None, None]
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, scale=1.0
+    )
+
+
+def torch_is_slow_in(x):
+    """Whether torch has no fast kernel: narrow floats, and a CPU that lacks them."""
+    return (
+        NAME == "torch"
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.device.type == "cpu"
+        and not _multiplies_on_cpu(x.dtype)
+    )
+
+
+@functools.cache
+def _multiplies_on_cpu(dtype):
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    # Not part of what torch promises.
+    there = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return there is None or there()
+
+
+# Bytes of a kernel in float32 that are made at a time: they should stay in the cache
+# where they serve few rows only.
+_WIDENED_FEW, _WIDENED_MANY = 2**20, 2**26
+
+
+def matmul_widened(x, kernel):
+    """The product in float32, rounded once, of a kernel that is widened by parts."""
+    rows = x.reshape(-1, x.shape[-1])
+    # One row along the kernel's memory is the exception that torch is fast at.
+    if len(rows) <= 2 and kernel.stride(0) == 1:
+        return torch.matmul(x, kernel)
+    return differentiable(_widened_product, x, kernel)
+
+
+def _widened_parts(rows, kernel):
+    """Slices of the kernel's columns."""
+    most = _WIDENED_FEW if len(rows) <= 16 else _WIDENED_MANY
+    step = max(1, most // (4 * kernel.shape[0]))
+    return [slice(i, i + step) for i in range(0, kernel.shape[1], step)]
+
+
+def _widened_product(rows, kernel):
+    wide = rows.float()
+    parts = _widened_parts(rows, kernel)
+    made = [(wide @ kernel[:, part].float()).to(rows.dtype) for part in parts]
+    return made[0] if len(made) == 1 else torch.cat(made, dim=1)
+
+
+def differentiable(multiply, x, kernel):
+    """`x` [..., D] times `kernel` [D, F] by a function of two matrices, slopes too."""
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad):
+        product = _Product.apply(multiply, rows, kernel)
+    else:
+        product = multiply(rows, kernel)
+    return product.reshape(*x.shape[:-1], -1)
+
+
+if NAME == "torch":
+
+    class _Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, multiply, rows, kernel):
+            ctx.multiply = multiply
+            ctx.save_for_backward(rows if kernel.requires_grad else None, kernel)
+            return multiply(rows, kernel)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            rows, kernel = ctx.saved_tensors
+            slope = slope_of_kernel = None
+            if ctx.needs_input_grad[1]:
+                slope = ctx.multiply(upstream, kernel.T)
+            if ctx.needs_input_grad[2]:
+                # Made as the kernel lies in memory, as its optimizer's state does.
+                if kernel.stride(0) == 1:
+                    slope_of_kernel = ctx.multiply(upstream.T, rows).T
+                else:
+                    slope_of_kernel = ctx.multiply(rows.T, upstream)
+            return None, slope, slope_of_kernel
+
+
+def onednn_is_faster(x, kernel, transposed):
+    """Whether torch should multiply with oneDNN what it would with MKL, in float32.
+
+    MKL does not use AVX-512 on AMD's processors: oneDNN is twice as fast there, with
+    few rows and with many, but for the few rows that decoding brings to the head
+    (measured in tools/bench/LOG.md). Not for LoRA's factors, which are narrow.
+    """
+    if NAME != "torch" or x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    if not _has_onednn() or min(kernel.shape) < 64:
+        return False
+    return not (transposed and in_program.get() and x.numel() <= 4 * x.shape[-1])
+
+
+@functools.cache
+def _has_onednn():
+    # The operation is not part of what torch promises.
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+
+
+def onednn_product(rows, kernel):
+    """`rows` [C, D] times `kernel` [D, F] by oneDNN."""
+    if torch.jit.is_tracing():
+        return _onednn_recorded()(rows, kernel.T)
+    multiply = torch.ops.mkldnn._linear_pointwise
+    return multiply(rows, kernel.T, None, "none", [], "")
+
+
+@functools.cache
+def _onednn_recorded():
+    """The same product as a graph: its empty list is nothing that can be recorded."""
+    graph = torch._C.parse_ir("""
+        graph(%x : Tensor, %matrix : Tensor):
+          %none : NoneType = prim::Constant()
+          %kind : str = prim::Constant[value="none"]()
+          %numbers : Scalar?[] = prim::ListConstruct()
+          %product : Tensor = mkldnn::_linear_pointwise(
+              %x, %matrix, %none, %kind, %numbers, %none)
+          return (%product)""")
+    return torch._C._create_function_from_graph("product", graph)
+
+
+def torch_would_use_one_core(x):
+    """Whether torch would multiply on one core what several could.
+
+    So it does on a CPU with the few rows of decoding, in float32: it divides rows and
+    batches among threads, and not the kernel (measured in tools/bench/LOG.md).
+    """
+    return (
+        NAME == "torch"
+        and in_program.get()
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() <= 16 * x.shape[-1]
+    )
+
+
+# Into how many parts a table of many rows is divided, and a kernel among threads.
+_TABLE_PARTS = 16
+
+
+def matmul_few_rows(x, kernel, transposed):
+    """`x` [..., D] times `kernel` [D, F], or [F, D] if `transposed`, on all cores."""
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    if transposed:
+        outputs, inputs = kernel.shape
+        parts = _parts(outputs, _TABLE_PARTS)
+        batch = kernel.view(parts, outputs // parts, inputs)
+        product = torch.bmm(batch, rows.T.expand(parts, -1, -1))
+        # In order, since what reads a row of logits next would go astray otherwise.
+        product = product.reshape(outputs, count).T.contiguous()
+    else:
+        inputs, outputs = kernel.shape
+        parts = _parts(outputs, torch.get_num_threads())
+        batch = kernel.view(inputs, parts, outputs // parts).transpose(0, 1)
+        product = torch.bmm(rows.expand(parts, -1, -1), batch).transpose(0, 1)
+    return product.reshape(*x.shape[:-1], -1)
+
+
+def _parts(outputs, most):
+    """Up to so many equal parts of at least 128."""
+    parts = max(1, min(most, outputs // 128))
+    while outputs % parts:
+        parts -= 1
+    return parts
