@@ -2,9 +2,17 @@
 
     python tools/check_gguf.py tiny               # Gemma 1, 2 and 3, in several types
     python tools/check_gguf.py file MODEL.gguf    # one file, and its copies in floats
+    python tools/check_gguf.py converter convert_hf_to_gguf.py [MODEL.gguf]
 
 Needs llama-cpp-python beside this package and its extra `gguf`; it compiles for some
-minutes, so that this is no part of the tests. llama.cpp computes with keys and values
+minutes, so that this is no part of the tests. The last needs llama.cpp's own converter
+instead, which lies in the source of llama-cpp-python
+(`pip download --no-deps --no-binary :all: llama-cpp-python`) in vendor/llama.cpp, and
+transformers. It converts Hugging Face directories of ours, of small Gemmas and of
+MODEL.gguf, and compares with the files that we write of them: the tensors bit for bit,
+and the keys that both have but for those that are told.
+
+llama.cpp computes with keys and values
 in float32 and without flash attention, this package in float32 on what the file holds.
 Printed are the largest difference of the logits over the largest logit, at how many
 positions the likeliest token is the same, and whether tokens of texts are. It fails
@@ -14,6 +22,7 @@ products too, to what the weights are stored in.)
 
 import argparse
 import pathlib
+import subprocess
 import sys
 import tempfile
 
@@ -49,6 +58,12 @@ FAMILIES = {
     | {"rope_theta": 1e6, "local_rope_theta": 1e4},
 }
 TINY = ("float32", "bfloat16", "float16", "q8_0", "q4_0")
+# Keys of which llama.cpp's converter makes something else, and rightly or not does not
+# matter: names; how likely pieces are that no text is cut into; whether <unk>, unknown
+# or control, and others are special. For Gemma 1 it takes Google's place for the end of
+# a turn whatever the tokenizer says, so that one is looked at with Google's only.
+FREE = {"general.name", "tokenizer.ggml.scores", "tokenizer.ggml.token_type"}
+FREE_IN_TINY = {"tokenizer.ggml.eot_token_id"}
 
 
 def make_tiny(family, folder):
@@ -152,6 +167,50 @@ def check_tiny(folder):
     return good
 
 
+def check_converter(converter, model, folder):
+    """Whether llama.cpp's converter makes of Hugging Face's files what we make."""
+    good = True
+    for family in FAMILIES:
+        source = make_tiny(family, folder)
+        good &= same_files(converter, source, folder, FREE | FREE_IN_TINY)
+    if model:
+        from gemma_keras.checkpoints import exporting, open_checkpoint
+
+        with open_checkpoint(model) as checkpoint:
+            contents = exporting.checkpoint_contents(checkpoint, model)
+            source = exporting.export(contents, folder / "model", "hf")
+        good &= same_files(converter, source, folder, FREE)
+    return good
+
+
+def same_files(converter, source, folder, free):
+    """Says what differs between both GGUF files of a Hugging Face directory."""
+    import gguf
+
+    theirs = folder / f"{source.name}-theirs.gguf"
+    options = ["--outtype", "f32", "--outfile", theirs]
+    command = [sys.executable, converter, source, *options]
+    subprocess.run(command, check=True, capture_output=True)
+    ours = convert(source, folder / f"{source.name}-ours.gguf", "float32")
+    ours, theirs = gguf.GGUFReader(ours), gguf.GGUFReader(theirs)
+    tensors = [{t.name: t.data for t in file.tensors} for file in (ours, theirs)]
+    wrong = sorted(tensors[0].keys() ^ tensors[1].keys())
+    common = sorted(tensors[0].keys() & tensors[1].keys())
+    wrong += [n for n in common if not np.array_equal(*(t[n] for t in tensors))]
+    fields = [
+        {name: f.contents() for name, f in file.fields.items() if "." in name}
+        for file in (ours, theirs)
+    ]
+    told = {n for n in fields[0].keys() & fields[1].keys() if n[:5] != "GGUF."} - free
+    keys = sorted(name for name in told if fields[0][name] != fields[1][name])
+    print(
+        f"{source.name}: {len(common)} tensors, {len(told)} keys; tensors that differ: "
+        f"{wrong or 'none'}, keys that differ: {keys or 'none'}",
+        flush=True,
+    )
+    return not wrong and not keys
+
+
 def check_file(source, folder):
     """A file as it is, and what is written of it in floats."""
     from gemma_keras import GemmaTokenizer
@@ -170,13 +229,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["tiny", "file"])
+    parser.add_argument("what", choices=["tiny", "file", "converter"])
     parser.add_argument("file", type=pathlib.Path, nargs="?")
+    parser.add_argument("model", type=pathlib.Path, nargs="?")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         if options.what == "tiny":
             return 0 if check_tiny(folder) else 1
+        if options.what == "converter":
+            good = check_converter(options.file, options.model, folder)
+            return 0 if good else 1
         return 0 if check_file(options.file, folder) else 1
 
 
