@@ -5,9 +5,15 @@ first: of each that is not text it prints an error, and goes on. One that is tor
 foreign, fails the computation. So what is complete becomes text, and what is not is
 removed. The graph, which serves comparison alone, is left out: the key has its 64-bit
 fingerprint.
+
+To what an entry asks of a processor, where AVX-512 is part of it, XLA adds what its
+compiler was told to prefer. No processor lists that, so TensorFlow prints that the
+program may crash (openxla/xla#44565). Entries therefore do not ask for AVX-512: they lie
+in a folder for processors with the same instructions.
 """
 
 import os
+import re
 import shutil
 import tempfile
 
@@ -23,6 +29,9 @@ _KEY_FIELDS = {
     5: b"compiled_using_pjrt",
 }
 _FIRST, _LAST = b"key {", b'"\n'
+# The list of what is asked for, with a plus sign, and of what is not.
+_ASKED = re.compile(rb"(?:[+-][a-z0-9._-]+,){20,}[+-][a-z0-9._-]+")
+_UNASKED = re.compile(rb"\+(?=avx512|prefer-)")
 
 
 def settle(path):
@@ -69,7 +78,8 @@ def as_text(entry):
     if not set(key) <= set(_KEY_FIELDS):
         raise ValueError("This program's key has fields of another version.")
     words = [b"%s: %s" % (_KEY_FIELDS[n], _said(value)) for n, value in key.items()]
-    executable = _said(found[_EXECUTABLE])
+    unasked = lambda asked: _UNASKED.sub(b"-", asked[0])  # noqa: E731
+    executable = _said(_ASKED.sub(unasked, found[_EXECUTABLE]))
     return b"key { %s }\nexecutable: %s\n" % (b" ".join(words), executable)
 
 

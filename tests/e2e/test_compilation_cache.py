@@ -93,6 +93,8 @@ def test_tensorflow_finds_what_is_whole_and_is_silent(tmp_path):
     text, found, errors = multiply(tmp_path)
     assert (text, found) == (products, 1)
     assert "XlaSerializedCacheEntry" not in errors
+    # Nor that the processor lacks what a compiler preferred.
+    assert "cpu_aot_loader" not in errors
     assert len(entries[0].read_bytes()) == len(whole)
     assert sorted(tmp_path.glob("*/tensorflow-*/*")) == entries
 
@@ -102,6 +104,12 @@ def field(number, value):
     if isinstance(value, int):
         return bytes([number << 3, value])
     return bytes([number << 3 | 2, len(value)]) + value
+
+
+def long_field(number, value):
+    """A field of bytes, 128 to 16,383."""
+    size = len(value)
+    return bytes([number << 3 | 2, size & 127 | 128, size >> 7]) + value
 
 
 KEY = field(1, 7) + field(2, 9) + field(3, b"CPU") + field(4, b"gemma_keras")
@@ -118,6 +126,19 @@ def test_an_entry_that_is_torn_is_told_from_a_whole_one(torn):
     assert xla_entries.as_text(ENTRY) == TEXT
     with pytest.raises(ValueError):
         xla_entries.as_text(ENTRY[:torn])
+
+
+@pytest.mark.any_backend
+def test_an_entry_asks_for_no_instructions_that_nobody_can_list():
+    others = ",".join(f"+x{number}" for number in range(20))
+    features = f"{others},+avx512f,-avx512fp16,+prefer-no-gather,-zu".encode()
+    expected = f"{others},-avx512f,-avx512fp16,-prefer-no-gather,-zu".encode()
+    code = b"\x01+avx512f,+prefer-no-gather\x02"
+    text = xla_entries.as_text(
+        field(1, KEY) + field(2, b"graph") + long_field(3, code + features + code)
+    )
+    spelled = code.replace(b"\x01", b"\\001").replace(b"\x02", b"\\002")
+    assert text.endswith(b'executable: "%s"\n' % (spelled + expected + spelled))
 
 
 @pytest.mark.any_backend
