@@ -244,7 +244,9 @@ class TokenTrainer(keras.Model):
             self.optimizer, means=self._token_metrics is None
         )
         with self._giving_hidden(), summed:
-            return super().train_step(*args)
+            found = super().train_step(*args)
+        backend.trim_memory()
+        return found
 
     def test_step(self, *args):
         """One batch without learning; arguments as in `train_step`."""

@@ -8,8 +8,8 @@ fingerprint.
 
 To what an entry asks of a processor, where AVX-512 is part of it, XLA adds what its
 compiler was told to prefer. No processor lists that, so TensorFlow prints that the
-program may crash (openxla/xla#44565). Entries therefore do not ask for AVX-512: they lie
-in a folder for processors with the same instructions.
+program may crash (openxla/xla#44565). Entries therefore do not ask for AVX-512: they
+lie in a folder for processors with the same instructions.
 """
 
 import os

@@ -14,10 +14,18 @@ the device on a GPU, else the resident one of the process.
 
 TRL runs as it comes ("default": it computes activations twice); keeping activations
 ("keeping"); and, besides, with examples of like lengths in a batch ("grouped"). Its
-packing is left out: TRL supports it with FlashAttention only.
+packing is left out: TRL supports it with FlashAttention only. Ours keeps activations,
+or computes them twice ("remat"). KerasHub makes the logits of all rows at once, for
+which 24 GiB are too few on some backends: it also runs with fewer examples a step ("2
+rows").
+
+A process holds what its backend imports. TensorFlow imports JAX, pandas and SciPy where
+they are installed, 0.2 GB in all: `--python tensorflow=PATH` gives a backend, or a
+contender, an environment of its own.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -46,6 +54,10 @@ TRL = {
         "train_sampling_strategy": "group_by_length",
     },
 }
+# How ours runs: what it passes to `compile`.
+OURS = {"keeping": {}, "remat": {"remat": True}}
+# Examples that KerasHub has in a step.
+KERAS_HUB = {"8 rows": 8, "2 rows": 2}
 
 
 def examples(count):
@@ -79,8 +91,8 @@ class Clock:
         return {"rate": learned / seconds, "cpu_rate": learned / cpu, "tokens": tokens}
 
 
-def fit(lm, dataset, tokens):
-    """Supervised tokens a second of a Keras model."""
+def fit(lm, compiled_with, tokens, *given, **options):
+    """Supervised tokens a second of a Keras model; what is given is `fit`'s."""
     import keras
 
     clock = Clock()
@@ -89,11 +101,12 @@ def fit(lm, dataset, tokens):
         optimizer=keras.optimizers.AdamW(1e-4),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         weighted_metrics=[],
+        **compiled_with,
     )
     told = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda *_, **__: clock.tick()
     )
-    lm.fit(dataset, verbose=0, shuffle=False, callbacks=[told])
+    lm.fit(*given, verbose=0, shuffle=False, callbacks=[told], **options)
     return clock.report(tokens)
 
 
@@ -130,26 +143,27 @@ def train_ours(steps, settings):
     dataset = PackedDataset(encoded, rows, LENGTH, shuffle=False)
     batches = [dataset[i] for i in range(len(dataset))]
     tokens = [int(batch[2].sum()) for batch in batches]
-    report = fit(our_model("float32"), Batches(batches), tokens)
+    report = fit(our_model("float32"), OURS[settings], tokens, Batches(batches))
     return {**report, "rows": rows, "usage": dataset.usage}
 
 
 def train_keras_hub(steps, settings):
+    """KerasHub with as many examples a step as a name of `KERAS_HUB` stands for."""
     import numpy as np
 
-    batches = []
-    chosen = examples(steps * BATCH)
-    for start in range(0, len(chosen), BATCH):
-        ids = np.zeros((BATCH, LENGTH + 1), "int32")
-        mask, learn = np.zeros(ids.shape, "int32"), np.zeros(ids.shape, "float32")
-        for row, (prompt, response) in enumerate(chosen[start : start + BATCH]):
-            end = len(prompt) + len(response)
-            ids[row, :end], mask[row, :end] = prompt + response, 1
-            learn[row, len(prompt) : end] = 1
-        x = {"token_ids": ids[:, :-1], "padding_mask": mask[:, :-1]}
-        batches.append((x, ids[:, 1:], learn[:, 1:]))
-    tokens = [int(batch[2].sum()) for batch in batches]
-    return fit(keras_hub_model("float32"), Batches(batches), tokens)
+    batch = KERAS_HUB[settings]
+    chosen = examples(steps * BATCH)[: steps * batch]
+    ids = np.zeros((len(chosen), LENGTH + 1), "int32")
+    mask, learn = np.zeros(ids.shape, "int32"), np.zeros(ids.shape, "float32")
+    for row, (prompt, response) in enumerate(chosen):
+        end = len(prompt) + len(response)
+        ids[row, :end], mask[row, :end] = prompt + response, 1
+        learn[row, len(prompt) : end] = 1
+    x = {"token_ids": ids[:, :-1], "padding_mask": mask[:, :-1]}
+    y, weight = ids[:, 1:], learn[:, 1:]
+    tokens = weight.reshape(steps, -1).sum(axis=1).astype(int).tolist()
+    lm = keras_hub_model("float32")
+    return fit(lm, {}, tokens, x, y, sample_weight=weight, batch_size=batch)
 
 
 def train_trl(steps, settings):
@@ -228,7 +242,11 @@ def run(contender, backend, settings, arguments):
     """One run in a fresh process: what it reported, or why it did not."""
     environment = dict(os.environ, KERAS_BACKEND=backend)
     environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    command = [sys.executable, __file__, "--worker", contender, "--settings", settings]
+    python = sys.executable
+    for given in arguments.python:
+        name, _, path = given.partition("=")
+        python = path if set(name.split()) <= {contender, backend} else python
+    command = [python, __file__, "--worker", contender, "--settings", settings]
     command += ["--steps", str(arguments.steps)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         worker = subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
@@ -251,10 +269,10 @@ def cells_of(arguments):
     """Contender, backend and settings of each run of a round."""
     cells = []
     for contender in arguments.contenders:
-        if contender == "trl":
-            cells += [("trl", "torch", name) for name in arguments.trl]
-        else:
-            cells += [(contender, backend, "") for backend in arguments.backends]
+        settings = {"ours": arguments.ours, "trl": arguments.trl}
+        settings = settings.get(contender, KERAS_HUB)
+        backends = ["torch"] if contender == "trl" else arguments.backends
+        cells += itertools.product([contender], backends, settings)
     return cells
 
 
@@ -279,7 +297,15 @@ def main():
     parser.add_argument(
         "--contenders", nargs="+", default=list(TRAINERS), choices=list(TRAINERS)
     )
+    parser.add_argument("--ours", nargs="+", default=list(OURS), choices=list(OURS))
     parser.add_argument("--trl", nargs="+", default=list(TRL), choices=list(TRL))
+    parser.add_argument(
+        "--python",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="another Python for some, such as tensorflow=/path/to/venv/bin/python",
+    )
     parser.add_argument("--memory-limit", type=float, default=16, metavar="GB")
     parser.add_argument("--json", type=Path, help="file for every figure of every run")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
