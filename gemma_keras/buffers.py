@@ -44,11 +44,25 @@ def _fill(target, source):
     elif source.ndim and source.flags.c_contiguous:
         _in_parallel(_copy, source, target)
     elif source.ndim == 3:
-        # Kernels with their heads as the first axis, each head transposed.
+        # Kernels with heads: an axis divided, of a matrix that may be transposed; or
+        # heads as the first axis, each of them transposed.
+        shape = _shape_of_matrix(source)
+        if shape is not None:
+            return _fill(target.reshape(shape), source.reshape(shape))
         for part, matrix in zip(target, source, strict=True):
             _fill(part, matrix)
     else:
         np.copyto(target, source)
+
+
+def _shape_of_matrix(array):
+    """The shape in which two of three axes are one, without a copy; None if none is."""
+    outer, middle, inner = array.shape
+    if array.strides[1] == inner * array.strides[2]:
+        return outer, middle * inner
+    if array.strides[0] == middle * array.strides[1]:
+        return outer * middle, inner
+    return None
 
 
 def _in_parallel(work, source, target):

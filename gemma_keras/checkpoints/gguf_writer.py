@@ -19,6 +19,7 @@ from gemma_keras.checkpoints.gguf import PROVENANCE_KEY, weight_name
 from gemma_keras.checkpoints.gguf_config import config_fields
 from gemma_keras.checkpoints.hugging_face import stored_shape
 from gemma_keras.checkpoints.provenance import GEMMA, NOTICE_TEXT
+from gemma_keras.checkpoints.safetensors_file import write_array
 from gemma_keras.tokenizer import END_OF_TURN, START_OF_TURN
 
 FORMAT = "GGUF"
@@ -74,10 +75,18 @@ def write(path, contents, settings):
         writer.write_ti_data_to_file()
         for weight in config.weight_shapes():
             kind = plan[weight_name(weight)][0]
-            writer.write_tensor_data(_stored(gguf, contents, weight, kind))
+            array = _stored(gguf, contents, weight, kind)
+            writer.write_tensor_data(array.view(_InPieces))
     finally:
         writer.close()
     return told
+
+
+class _InPieces(np.ndarray):
+    """An array whose bytes go to a file a piece at a time."""
+
+    def tofile(self, file):
+        write_array(file, self.view(np.ndarray))
 
 
 def _gguf():

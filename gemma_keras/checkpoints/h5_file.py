@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from gemma_keras.checkpoints.checkpoint import CheckpointError
-from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES, MappedFile
+from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES, PIECE, MappedFile
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -47,7 +47,7 @@ class _Sink(io.FileIO):
         rest = data
         while len(rest) and self.error is None:
             try:
-                rest = rest[super().write(rest) :]
+                rest = rest[super().write(rest[:PIECE]) :]
             except OSError as error:
                 self.error = error
         return len(data)

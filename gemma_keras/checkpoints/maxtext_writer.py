@@ -53,8 +53,8 @@ def write(folder, contents, settings):
         zarr3=True,
     )
     for path, place in places.items():
-        array = contents.array(path, settings.dtype)
-        array = layout.to_stored(path, array, config)
+        # float32 has the numbers of all dtypes: the writer casts a few at a time.
+        array = layout.to_stored(path, contents.array(path, None), config)
         writer.put(place, array, layout.folded(path, config))
     writer.number("step", 0)
     writer.empty("opt_state")

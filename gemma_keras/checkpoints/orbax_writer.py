@@ -11,12 +11,14 @@ import time
 
 import numpy as np
 
+from gemma_keras.buffers import ordered
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
 from gemma_keras.checkpoints.orbax_directory import METADATA, tensorstore
 
-# Bytes of a chunk, which is read at once, and of what is written at once.
-_CHUNK_BYTES = 2**26
-_BATCH_BYTES = 2**28
+# Bytes of a chunk, which is read at once, and of what is written at once. Chunks of 64
+# MiB took several times as long to write: see `mapped_file.PIECE`.
+_CHUNK_BYTES = 2**22
+_BATCH_BYTES = 2**26
 _HANDLER = (
     "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 )
@@ -42,7 +44,8 @@ class OrbaxWriter:
         context = {"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False}
         self._context = self._library.Context(context)
         self._zarr3 = zarr3
-        self._numbers = _CHUNK_BYTES // FLOAT_DTYPES[dtype].itemsize
+        self._dtype = FLOAT_DTYPES[dtype]
+        self._numbers = _CHUNK_BYTES // self._dtype.itemsize
         self._tree, self._arrays = {}, {}
         self._begin()
         for place in places.values():
@@ -92,14 +95,18 @@ class OrbaxWriter:
 
         Args:
             place: Its `Place`.
-            array: Of the place's shape, but for the number of rows.
+            array: Of the place's shape, but for the number of rows, and of any dtype
+                whose numbers the stored one has.
             change: What becomes of the numbers on the way, a block of rows at a time.
         """
+        # tensorstore reads what is in another order a number at a time.
+        array = ordered(array)
         rows = place.shape[0]
         step = place.rows_of(self._numbers)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             block = change(array[start : min(stop, len(array))])
+            block = block.astype(self._dtype, copy=False)
             if len(block) < stop - start:
                 padding = [(0, stop - start - len(block))]
                 block = np.pad(block, padding + [(0, 0)] * (block.ndim - 1))

@@ -13,7 +13,7 @@ import numpy as np
 
 from gemma_keras.buffers import ordered
 from gemma_keras.checkpoints.checkpoint import CheckpointError, parse_json
-from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES, MappedFile
+from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES, PIECE, MappedFile
 
 MAX_HEADER_BYTES = 100_000_000
 _ITEM_BYTES = {
@@ -196,7 +196,9 @@ def write(path, shapes, dtype, tensor, metadata=None):
 
 def write_array(file, array):
     """Writes the numbers of an array in C order; a strided one by way of a copy."""
-    file.write(ordered(array).reshape(-1).view("uint8"))
+    data = ordered(array).reshape(-1).view("uint8")
+    for start in range(0, len(data), PIECE):
+        file.write(data[start : start + PIECE])
 
 
 def _counts(values):

@@ -31,6 +31,10 @@ def same(copy, array):
     assert not np.shares_memory(copy, array)
 
 
+def _halves(number):
+    return (2, number // 2) if number % 2 == 0 else (1, number)
+
+
 @settings(max_examples=150)
 @given(
     rows=st.integers(1, 300),
@@ -48,6 +52,11 @@ def test_a_copy_is_the_array(rows, columns, dtype, form):
         # [out, heads, size], as [heads, out, size] and as [heads, size, out].
         split = numbered((rows, columns, 2), dtype)
         same(buffers.aligned_copy(split.transpose(1, 0, 2)), split.transpose(1, 0, 2))
+        # [in, heads, size] and [heads, size, in] of a matrix that is transposed.
+        turned = array.T.reshape(columns, *_halves(rows))
+        same(buffers.aligned_copy(turned), turned)
+        turned = array.T.reshape(*_halves(columns), rows)
+        same(buffers.aligned_copy(turned), turned)
         array = split.transpose(1, 2, 0)
     elif form == "misaligned":
         held = np.empty(array.nbytes + 1, np.uint8)
