@@ -118,11 +118,43 @@ def no_gradient():
     return torch.no_grad() if NAME == "torch" else contextlib.nullcontext()
 
 
-def remat(function):
-    """`function` of a tensor, of which a backward pass keeps the argument alone."""
+def remat(function, variables, own_gradients=False):
+    """`function` of a tensor, of which a backward pass keeps the argument alone.
+
+    Args:
+        function: of one tensor, to one.
+        variables: the Keras variables that it reads and that are trained.
+        own_gradients: whether operations inside have gradients that this package
+            defines, and that are closures.
+    """
     if NAME == "torch":
+        return lambda x: _Remat.apply(function, x, *[v.value for v in variables])
+    if own_gradients:
         return keras.remat(function)
     return _jax_remat(function) if NAME == "jax" else _tensorflow_remat(function)
+
+
+if NAME == "torch":
+
+    class _Remat(torch.autograd.Function):
+        # torch's own leaves its tensors in cycles, until Python collects garbage.
+        @staticmethod
+        def forward(ctx, function, x, *trained):
+            ctx.function = function
+            ctx.save_for_backward(x, *trained)
+            return function(x)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            x, *trained = ctx.saved_tensors
+            with torch.enable_grad():
+                again = x.detach().requires_grad_(x.requires_grad)
+                value = ctx.function(again)
+            needed = ctx.needs_input_grad[1:]
+            inputs = [v for v, n in zip([again, *trained], needed, strict=True) if n]
+            slopes = torch.autograd.grad(value, inputs, upstream, allow_unused=True)
+            slopes = iter(slopes)
+            return None, *[next(slopes) if n else None for n in needed]
 
 
 def _jax_remat(function):

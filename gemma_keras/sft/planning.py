@@ -32,44 +32,48 @@ class Program:
     Attributes:
         base: bytes of the process with Keras and the tokenizer, before a model.
         compiled: bytes that compiling takes and leaves.
-        copies: whether loading holds a matrix twice, in the file's pages and its own.
+        of_layer: the same for each layer.
+        of_variable: the same for each variable that is trained.
+        xla: whether XLA decides what is kept: the terms of a sum in its place, where
+            several operations begin with the sum; and, on a CPU, float32 in place of
+            narrower floats.
+        kept: bytes that blocks keep on a CPU in place of each that is counted.
         snapshots: whether a checkpoint is copied before it is written.
         heads: how often the loss holds the gradient of a head that is trained.
-        despite_remat: share of what blocks keep that they keep with `remat` too.
     """
 
     base: float
     compiled: float
-    copies: bool
+    of_layer: float = 0.0
+    of_variable: float = 0.0
+    xla: bool
+    kept: float = 1.0
     snapshots: bool
     heads: int
-    despite_remat: float = 0.0
 
 
-# `compiled`, and what TensorFlow keeps `despite_remat`, are measured; the latter before
-# XLA compiled its large models, so that it is too much rather than too little.
+# Measured on a CPU: see tools/bench/LOG.md.
 PROGRAMS = {
     "jax": Program(
-        base=0.40e9,
-        compiled=0.2e9,
-        copies=True,
+        base=0.43e9,
+        compiled=0.33e9,
+        of_layer=5e6,
+        of_variable=1e6,
+        xla=True,
         snapshots=False,
         heads=2,
     ),
     "torch": Program(
-        base=0.65e9,
-        compiled=0,
-        copies=False,
-        snapshots=True,
-        heads=1,
+        base=0.65e9, compiled=0.05e9, xla=False, kept=1.5, snapshots=True, heads=1
     ),
     "tensorflow": Program(
         base=0.80e9,
-        compiled=0.65e9,
-        copies=True,
+        compiled=0.45e9,
+        of_layer=30e6,
+        of_variable=3.5e6,
+        xla=True,
         snapshots=True,
         heads=2,
-        despite_remat=0.55,
     ),
 }
 
@@ -190,15 +194,20 @@ def predict(model, run, stored, name, device="cpu", packings=None):
         device: `"cpu"`, where the process itself counts too, or `"gpu"`.
     """
     program = PROGRAMS[name]
-    step = _Step(model, run, stored, program, packings or {})
+    step = _Step(model, run, stored, program, packings or {}, device == "cpu")
     base = program.base if device == "cpu" else 0
+    kept, work = step.kept(), max(step.work(), step.loss())
+    snapshot = step.snapshot()
+    if program.xla:
+        # What a step held is given back before a checkpoint is written.
+        snapshot = max(0, snapshot - kept - work)
     parts = {
-        "program": base + (program.compiled if device == "cpu" else 0),
+        "program": base + (step.compiled() if device == "cpu" else 0),
         "weights": step.weights(),
         "adapter and optimizer": step.trained(),
-        "copy for a checkpoint": step.snapshot(),
-        "kept by blocks": step.kept(),
-        "work of a block or of the loss": max(step.work(), step.loss()),
+        "copy for a checkpoint": snapshot,
+        "kept by blocks": kept,
+        "work of a block or of the loss": work,
     }
     loading = base + step.loading()
     return Plan({k: round(v) for k, v in parts.items() if v}, round(loading))
@@ -207,8 +216,9 @@ def predict(model, run, stored, name, device="cpu", packings=None):
 class _Step:
     """Counts what one step of a run holds, in bytes."""
 
-    def __init__(self, model, run, stored, program, packings):
+    def __init__(self, model, run, stored, program, packings, on_cpu):
         self.model, self.run, self.program = model, run, program
+        self.stored = DTYPE_BYTES[stored.removeprefix("mixed_")]
         self.packings = packings
         if run.quantize:
             self.packings = Quantization(run.quantize).packings(model)
@@ -216,6 +226,10 @@ class _Step:
         self.mixed = holds.startswith("mixed_")
         self.compute = DTYPE_BYTES[holds.removeprefix("mixed_")]
         self.held = 4 if self.mixed else self.compute
+        self.share = program.kept if on_cpu else 1.0
+        self.widened = program.xla and on_cpu and self.compute < 4
+        if self.widened:
+            self.compute = 4
         self.tokens = run.batch_size * run.sequence_length
         self.scores = model.num_query_heads * run.sequence_length
         self.lora = None
@@ -223,6 +237,19 @@ class _Step:
             self.lora = LoraConfig(
                 rank=run.lora_rank, targets=run.lora_targets or None, dora=run.dora
             )
+
+    def compiled(self):
+        """What a compiled step takes on a CPU."""
+        program = self.program
+        layers = program.of_layer * self.model.num_layers
+        return program.compiled + layers + program.of_variable * self._variables()
+
+    def _variables(self):
+        """How many variables are trained."""
+        if self.lora is None:
+            return len(self.model.weight_shapes())
+        adapted = [p for p in layer_shapes(self.model) if self.lora.adapts(p)]
+        return (2 + self.lora.dora) * len(adapted)
 
     def weights(self):
         """The weights as they are held, and as they are computed with."""
@@ -238,16 +265,23 @@ class _Step:
         if self.mixed:
             # The kernels once more, as they are computed with.
             total += self.compute * sum(map(math.prod, self._kernels().values()))
+        if self.widened and EMBEDDING not in self.packings:
+            # The head, once to make logits and once for their slopes.
+            total += 2 * 4 * math.prod(layer_shapes(self.model)[EMBEDDING])
         return total
 
     def loading(self):
-        """The most that loading holds; the embedding is read first."""
-        matrix = self.held * math.prod(layer_shapes(self.model)[EMBEDDING])
+        """The most that loading holds; the embedding is read first.
+
+        It lies in the file's pages then, and in memory of its own where it is cast, or
+        where the backend takes no other.
+        """
+        numbers = math.prod(layer_shapes(self.model)[EMBEDDING])
         if self.run.quantize:
-            return self.weights() + matrix
-        if not self.program.copies:
+            return self.weights() + self.held * numbers
+        if not self.program.xla and self.stored == self.held:
             return self.weights()
-        return max(self.weights(), 2 * matrix)
+        return max(self.weights(), (self.stored + self.held) * numbers)
 
     def _kernels(self):
         shapes = layer_shapes(self.model)
@@ -276,11 +310,31 @@ class _Step:
         residual = self.compute * width
         layer = self._of_block()
         if self.run.remat:
-            layer = max(residual, self.program.despite_remat * layer)
+            layer = residual
         return self.tokens * (self.model.num_layers * layer + 2 * residual)
 
     def _of_block(self):
         """Bytes for each token."""
+        return self.share * (self._counted() + self._of_terms())
+
+    def _of_terms(self):
+        """What sums take for each token whose terms are kept, beyond the sum."""
+        if not self.program.xla or self.lora is None:
+            return 0
+        model = self.model
+        sizes = {
+            "query": model.num_query_heads * model.head_dim,
+            "ffw_gating": model.ffn_dim,
+            "ffw_gating_2": model.ffn_dim,
+        }
+        if model.use_post_norms:
+            sizes |= dict.fromkeys(("attention_output", "ffw_linear"), model.hidden_dim)
+        names = {p.rpartition("/")[2] for p in self._kernels() if self.lora.adapts(p)}
+        # And queries as they are turned to be rotated.
+        terms = sizes["query"] + sum(sizes.get(name, 0) for name in names)
+        return self.compute * terms
+
+    def _counted(self):
         model, c = self.model, self.compute
         queries = model.num_query_heads * model.head_dim
         keys = model.num_kv_heads * model.head_dim

@@ -4,6 +4,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import weakref
 
 import keras
 import ml_dtypes
@@ -223,6 +224,36 @@ def test_freed_tensors_leave_the_process():
     assert half - least < 200  # 160 of 320 tensors of 1 MiB
 
 
+@pytest.mark.skipif(backend.NAME != "torch", reason="a remat of torch's own")
+def test_what_is_computed_twice_is_gone_after_the_backward_pass():
+    variable = keras.Variable(np.arange(1.0, 5.0), dtype="float32")
+    other = keras.Variable(np.ones(4), dtype="float32")
+    seen = []
+
+    def block(x):
+        made = keras.ops.tanh(x * variable)
+        seen.append(weakref.ref(made))
+        return made * made
+
+    def slopes(wrap):
+        x = variable * 2.0
+        for _ in range(3):
+            x = wrap(block)(x)
+        alive = sum(each() is not None for each in seen)
+        keras.ops.sum(x).backward()
+        found = variable.value.grad.numpy().copy()
+        variable.value.grad = None
+        return found, alive
+
+    # One that the block does not read has no slope.
+    found, alive = slopes(lambda block: backend.remat(block, [variable, other]))
+    assert other.value.grad is None
+    assert (alive, len(seen)) == (0, 6)
+    expected, alive = slopes(lambda block: block)
+    assert alive == 3
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.skipif(backend.NAME != "jax", reason="a remat of JAX' own")
 def test_what_is_computed_twice_is_not_kept_by_xla():
     import jax
@@ -243,7 +274,7 @@ def test_what_is_computed_twice_is_not_kept_by_xla():
         return program(kernels, x), program.memory_analysis().temp_size_in_bytes
 
     expected, kept = gradients(lambda block: block)
-    found, recomputed = gradients(backend.remat)
+    found, recomputed = gradients(lambda block: backend.remat(block, []))
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
     # Eight blocks of [256, 512] are kept without it, one or two of them with it.

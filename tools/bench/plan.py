@@ -68,6 +68,7 @@ def models():
     }
 
 
+_ALL, _NARROW = {"lora_targets": ["all-linear"]}, {"dtype": "bfloat16"}
 # Model, settings: `seen` are those that the planner's figures were fitted to.
 SEEN = [
     ("few", {"batch_size": 1, "sequence_length": 32}),
@@ -78,8 +79,6 @@ SEEN = [
     ("gemma2", {"batch_size": 4, "sequence_length": 256, "remat": True}),
     ("wide", {"batch_size": 2, "sequence_length": 128, "full": True}),
     ("few", {"batch_size": 2, "sequence_length": 1024, "remat": True}),
-]
-UNSEEN = [
     ("gemma3", {"batch_size": 2, "sequence_length": 768}),
     ("wide", {"batch_size": 4, "sequence_length": 384}),
     (
@@ -89,6 +88,14 @@ UNSEEN = [
     ("few", {"batch_size": 4, "sequence_length": 256, "quantize": "int4"}),
     ("few", {"batch_size": 4, "sequence_length": 384, "dtype": "bfloat16"}),
     ("shape", {"batch_size": 2, "sequence_length": 512, "lora_rank": 64}),
+]
+UNSEEN = [
+    ("shape", {"batch_size": 4, "sequence_length": 256, "remat": True}),
+    ("gemma2", _ALL | {"batch_size": 2, "sequence_length": 512, "remat": True}),
+    ("gemma3", {"batch_size": 3, "sequence_length": 256, "quantize": "int8"}),
+    ("few", _NARROW | {"batch_size": 2, "sequence_length": 768, "lora_rank": 32}),
+    ("few", _NARROW | {"batch_size": 4, "sequence_length": 256, "quantize": "int4"}),
+    ("wide", _ALL | {"batch_size": 2, "sequence_length": 512}),
 ]
 
 
