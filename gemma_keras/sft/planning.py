@@ -278,7 +278,7 @@ class _Step:
         """
         numbers = math.prod(layer_shapes(self.model)[EMBEDDING])
         if self.run.quantize:
-            return self.weights() + self.held * numbers
+            return self.weights() + max(self.stored, self.held) * numbers
         if not self.program.xla and self.stored == self.held:
             return self.weights()
         return max(self.weights(), (self.stored + self.held) * numbers)
