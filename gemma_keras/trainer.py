@@ -244,9 +244,7 @@ class TokenTrainer(keras.Model):
             self.optimizer, means=self._token_metrics is None
         )
         with self._giving_hidden(), summed:
-            found = super().train_step(*args)
-        backend.trim_memory()
-        return found
+            return super().train_step(*args)
 
     def test_step(self, *args):
         """One batch without learning; arguments as in `train_step`."""

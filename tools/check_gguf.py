@@ -12,12 +12,11 @@ transformers. It converts Hugging Face directories of ours, of small Gemmas and 
 MODEL.gguf, and compares with the files that we write of them: the tensors bit for bit,
 and the keys that both have but for those that are told.
 
-llama.cpp computes with keys and values
-in float32 and without flash attention, this package in float32 on what the file holds.
-Printed are the largest difference of the logits over the largest logit, at how many
-positions the likeliest token is the same, and whether tokens of texts are. It fails
-above 1e-3 for a file in float32. (In other files llama.cpp rounds the inputs of
-products too, to what the weights are stored in.)
+llama.cpp computes with keys and values in float32 and without flash attention, this
+package in float32 on what the file holds. Printed are the largest difference of the
+logits over the largest logit, at how many positions the likeliest token is the same,
+and whether tokens of texts are. It fails above 1e-3 for a file in float32. (In other
+files llama.cpp rounds the inputs of products too, to what the weights are stored in.)
 """
 
 import argparse
@@ -93,13 +92,13 @@ def make_tiny(family, folder):
     return exporting.export(contents, folder / family, "hf", licence="apache-2.0")
 
 
-def convert(source, destination, dtype):
-    """The same as a GGUF file in another type."""
+def convert(source, destination, dtype=None, to="gguf"):
+    """The same in another format or type."""
     from gemma_keras.checkpoints import exporting, open_checkpoint
 
     with open_checkpoint(source) as checkpoint:
         contents = exporting.checkpoint_contents(checkpoint, source)
-        return exporting.export(contents, destination, "gguf", dtype=dtype)
+        return exporting.export(contents, destination, to, dtype=dtype)
 
 
 def compare(path, ids, exact):
@@ -174,11 +173,7 @@ def check_converter(converter, model, folder):
         source = make_tiny(family, folder)
         good &= same_files(converter, source, folder, FREE | FREE_IN_TINY)
     if model:
-        from gemma_keras.checkpoints import exporting, open_checkpoint
-
-        with open_checkpoint(model) as checkpoint:
-            contents = exporting.checkpoint_contents(checkpoint, model)
-            source = exporting.export(contents, folder / "model", "hf")
+        source = convert(model, folder / "model", to="hf")
         good &= same_files(converter, source, folder, FREE)
     return good
 

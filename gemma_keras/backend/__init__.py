@@ -11,7 +11,6 @@ from gemma_keras.backend.device import (
     on_cpu,
     peak_memory,
     torch_device,
-    trim_memory,
 )
 from gemma_keras.backend.fused import (
     gated_gelu,

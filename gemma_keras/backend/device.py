@@ -66,16 +66,6 @@ def giving_back_memory():
         _gives_back.reset(token)
 
 
-def trim_memory():
-    """Has what torch has freed in between go back too, within `giving_back_memory`.
-
-    Otherwise a run that rematerialises grows with each step, by a half in ten.
-    """
-    if _gives_back.get() and _allocates_with_glibc():
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
-
-
 def keep_memory():
     """Has up to 256 MiB of what torch frees on a CPU stay with the process.
 
@@ -87,12 +77,8 @@ def keep_memory():
         _set_malloc(2**26, 2**28)
 
 
-def _allocates_with_glibc():
-    return NAME == "torch" and torch_device().type == "cpu"
-
-
 def _set_malloc(mapped_from, kept):
-    if _allocates_with_glibc():
+    if NAME == "torch" and torch_device().type == "cpu":
         with contextlib.suppress(OSError, AttributeError, TypeError):
             library = ctypes.CDLL(None)
             library.mallopt(_M_MMAP_THRESHOLD, mapped_from)

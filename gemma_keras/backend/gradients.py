@@ -124,8 +124,9 @@ def remat(function, variables, own_gradients=False):
     Args:
         function: of one tensor, to one.
         variables: the Keras variables that it reads and that are trained.
-        own_gradients: whether operations inside have gradients that this package
-            defines, and that are closures.
+        own_gradients: whether operations inside have gradients that close over
+            tensors, as products with quantised weights do: JAX and TensorFlow go
+            through these by Keras' way alone.
     """
     if NAME == "torch":
         return lambda x: _Remat.apply(function, x, *[v.value for v in variables])

@@ -1,4 +1,4 @@
-"""Products that torch would make in a slow way, on a CPU."""
+"""Products, and attention of a token, that torch would make slowly on a CPU."""
 
 import functools
 import math

@@ -18,8 +18,8 @@ from gemma_keras.checkpoints.checkpoint import CheckpointError
 from gemma_keras.checkpoints.gguf import PROVENANCE_KEY, weight_name
 from gemma_keras.checkpoints.gguf_config import config_fields
 from gemma_keras.checkpoints.hugging_face import stored_shape
+from gemma_keras.checkpoints.pieces import write_array
 from gemma_keras.checkpoints.provenance import GEMMA, NOTICE_TEXT
-from gemma_keras.checkpoints.safetensors_file import write_array
 from gemma_keras.tokenizer import END_OF_TURN, START_OF_TURN
 
 FORMAT = "GGUF"

@@ -12,7 +12,8 @@ import math
 import numpy as np
 
 from gemma_keras.checkpoints.checkpoint import CheckpointError
-from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES, PIECE, MappedFile
+from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES, MappedFile
+from gemma_keras.checkpoints.pieces import PIECE
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 

@@ -22,9 +22,6 @@ FLOAT_DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-# Bytes that are written at a time. For longer ones Linux looks for longer runs of free
-# memory, which takes it several times as long as the writing.
-PIECE = 2**17
 
 
 def decoded_dtype(dtype):

@@ -16,7 +16,7 @@ from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
 from gemma_keras.checkpoints.orbax_directory import METADATA, tensorstore
 
 # Bytes of a chunk, which is read at once, and of what is written at once. Chunks of 64
-# MiB took several times as long to write: see `mapped_file.PIECE`.
+# MiB took several times as long to write: see `pieces.PIECE`.
 _CHUNK_BYTES = 2**22
 _BATCH_BYTES = 2**26
 _HANDLER = (

@@ -11,9 +11,9 @@ import struct
 
 import numpy as np
 
-from gemma_keras.buffers import ordered
 from gemma_keras.checkpoints.checkpoint import CheckpointError, parse_json
-from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES, PIECE, MappedFile
+from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES, MappedFile
+from gemma_keras.checkpoints.pieces import write_array
 
 MAX_HEADER_BYTES = 100_000_000
 _ITEM_BYTES = {
@@ -192,13 +192,6 @@ def write(path, shapes, dtype, tensor, metadata=None):
         file.write(struct.pack("<Q", len(header)) + header)
         for name in shapes:
             write_array(file, tensor(name))
-
-
-def write_array(file, array):
-    """Writes the numbers of an array in C order; a strided one by way of a copy."""
-    data = ordered(array).reshape(-1).view("uint8")
-    for start in range(0, len(data), PIECE):
-        file.write(data[start : start + PIECE])
 
 
 def _counts(values):

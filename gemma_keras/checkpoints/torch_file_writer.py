@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 
 from gemma_keras.checkpoints.mapped_file import FLOAT_DTYPES
-from gemma_keras.checkpoints.safetensors_file import write_array
+from gemma_keras.checkpoints.pieces import write_array
 from gemma_keras.checkpoints.torch_file import torch_library
 
 ALIGNMENT = 64

@@ -248,8 +248,15 @@ class _Step:
         """How many variables are trained."""
         if self.lora is None:
             return len(self.model.weight_shapes())
-        adapted = [p for p in layer_shapes(self.model) if self.lora.adapts(p)]
-        return (2 + self.lora.dora) * len(adapted)
+        return (2 + self.lora.dora) * len(self._adapted())
+
+    def _adapted(self):
+        """Paths of the layers with an adapter."""
+        return [path for path in layer_shapes(self.model) if self.lora.adapts(path)]
+
+    def _kinds_adapted(self):
+        """Names of layers with an adapter within a block."""
+        return {path.rpartition("/")[2] for path in self._adapted()}
 
     def weights(self):
         """The weights as they are held, and as they are computed with."""
@@ -329,10 +336,9 @@ class _Step:
         }
         if model.use_post_norms:
             sizes |= dict.fromkeys(("attention_output", "ffw_linear"), model.hidden_dim)
-        names = {p.rpartition("/")[2] for p in self._kernels() if self.lora.adapts(p)}
+        adapted = sum(sizes.get(kind, 0) for kind in self._kinds_adapted())
         # And queries as they are turned to be rotated.
-        terms = sizes["query"] + sum(sizes.get(name, 0) for name in names)
-        return self.compute * terms
+        return self.compute * (sizes["query"] + adapted)
 
     def _counted(self):
         model, c = self.model, self.compute
@@ -359,9 +365,9 @@ class _Step:
         )
         if self.lora is None:
             return self.compute * sum(width for _, width in groups)
-        names = {p.rpartition("/")[2] for p in self._kernels() if self.lora.adapts(p)}
+        kinds = self._kinds_adapted()
         return self.compute * sum(
-            width for among, width in groups if names & set(among)
+            width for among, width in groups if kinds & set(among)
         )
 
     def work(self):

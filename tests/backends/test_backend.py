@@ -200,10 +200,6 @@ kept = tensors[-1]
 print(megabytes() - before)
 del tensors
 print(megabytes() - before)
-small = [torch.ones(2**18) for _ in range(320)]
-del small[::2]  # what lies between others
-backend.trim_memory()
-print(megabytes() - before)
 """
 
 
@@ -218,10 +214,9 @@ def test_freed_tensors_leave_the_process():
         [sys.executable, "-P", "-c", GROWING], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    most, least, half = map(float, done.stdout.split())
+    most, least = map(float, done.stdout.split())
     assert most > 300  # 40 tensors of 8 MiB
     assert least < 50
-    assert half - least < 200  # 160 of 320 tensors of 1 MiB
 
 
 @pytest.mark.skipif(backend.NAME != "torch", reason="a remat of torch's own")

@@ -43,7 +43,7 @@ import models
 import passage
 import picture
 import report
-from process import Process
+from process import Process, python_for
 
 HERE = pathlib.Path(__file__).parent
 SPEED = ("decode-1", "decode-8", "prefill-128", "prefill-512", "prefill-2048")
@@ -193,10 +193,7 @@ class Bench:
         environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         environment |= {"TF_FORCE_GPU_ALLOW_GROWTH": "true"}
         environment["KERAS_BACKEND"] = who.backend or "none"
-        python = sys.executable
-        for given in self.options.python:
-            name, _, path = given.partition("=")
-            python = path if set(name.split()) <= set(who.words) else python
+        python = python_for(who.words, self.options.python)
         if whats == ["lora"]:
             self._ask_for_lora(who, round, python, environment)
             return

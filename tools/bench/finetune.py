@@ -30,13 +30,13 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import memory
 from contenders import SHAPE, keras_hub_model, our_model, transformers_model
+from process import python_for
 
 BACKENDS = ("jax", "tensorflow", "torch")
 LENGTH, BATCH, RANK = 512, 8, 8
@@ -242,10 +242,7 @@ def run(contender, backend, settings, arguments):
     """One run in a fresh process: what it reported, or why it did not."""
     environment = dict(os.environ, KERAS_BACKEND=backend)
     environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    python = sys.executable
-    for given in arguments.python:
-        name, _, path = given.partition("=")
-        python = path if set(name.split()) <= {contender, backend} else python
+    python = python_for({contender, backend}, arguments.python)
     command = [python, __file__, "--worker", contender, "--settings", settings]
     command += ["--steps", str(arguments.steps)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:

@@ -81,12 +81,9 @@ SEEN = [
     ("few", {"batch_size": 2, "sequence_length": 1024, "remat": True}),
     ("gemma3", {"batch_size": 2, "sequence_length": 768}),
     ("wide", {"batch_size": 4, "sequence_length": 384}),
-    (
-        "gemma2",
-        {"batch_size": 3, "sequence_length": 384, "lora_targets": ["all-linear"]},
-    ),
+    ("gemma2", _ALL | {"batch_size": 3, "sequence_length": 384}),
     ("few", {"batch_size": 4, "sequence_length": 256, "quantize": "int4"}),
-    ("few", {"batch_size": 4, "sequence_length": 384, "dtype": "bfloat16"}),
+    ("few", _NARROW | {"batch_size": 4, "sequence_length": 384}),
     ("shape", {"batch_size": 2, "sequence_length": 512, "lora_rank": 64}),
 ]
 UNSEEN = [

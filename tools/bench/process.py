@@ -1,14 +1,29 @@
-"""A process that is ended when it takes too long, or too much memory."""
+"""Processes of contenders: with which Python, and ended in time."""
 
 import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 
 import psutil
+
+
+def python_for(words, given):
+    """The Python that runs a contender: this one, or what `--python` says.
+
+    Args:
+        words: of the contender's name.
+        given: `NAME=PATH` each; words of a name, and the path of a Python.
+    """
+    python = sys.executable
+    for pair in given:
+        name, _, path = pair.partition("=")
+        python = path if set(name.split()) <= set(words) else python
+    return python
 
 
 class Process:
