@@ -2,8 +2,8 @@
 
 A vocabulary of 256,000 makes logits [B, T, V] the largest tensor of training, by far,
 and most of it is for prompts and padding that nobody learns. Here the positions that
-count are brought together, and a chunk of them at a time meets the head, a tile of its
-rows at a time. Since the gradient of a token's loss with respect to its hidden state is
+count are brought together, and a tile of the head's rows at a time meets them, a chunk
+of positions at a time. Since the gradient of a token's loss with respect to its hidden state is
 known in closed form, (softmax - one hot) E, it is made with the loss: as attention to
 the rows of E, with a softmax that is corrected from tile to tile (Milakov and
 Gimelshein 2018, arXiv:1805.02867). That is two products, as a plain forward and
@@ -18,16 +18,22 @@ from keras import ops
 from gemma_keras import backend
 from gemma_keras.distribution import parts_of_rows
 
-# Positions that meet the head at a time, and rows of the head that they meet at a time.
-# Of the last chunk's positions some may not count, but take as long; torch has none.
-MOST_ROWS = 1024 if backend.NAME == "torch" else 256
-TILE = 4096
 # Logits that are made at a time where probabilities alone are asked for, in float32.
 LOGITS_BYTES = 2**26
 
 
 # Less than any logit, and finite, so that differences with it are numbers.
 LEAST = -1e30
+
+
+def sizes():
+    """How many positions meet how many rows of the head at a time.
+
+    Of the last positions some may not count, but take as long; torch has none of these.
+    On a CPU the logits fit into a cache.
+    """
+    positions = 1024 if backend.NAME == "torch" else 128 if backend.on_cpu() else 512
+    return positions, 2048 if backend.on_cpu() else 4096
 
 
 class Totals(NamedTuple):
@@ -96,60 +102,82 @@ def _known_gradient(x, gradient):
 def _in_chunks(rows, ids, weights, backbone, train_head):
     """Loss, rightness and gradient of each row, and the head's gradient.
 
-    [N], [N], [N, D], and [V, D] of the weighted sum if `train_head`.
+    [N], [N], [N, D], and [V, D] of the weighted sum if `train_head`; float32.
     """
-    # Those that count come first, so that the loop ends early.
-    counts = ops.cast(weights != 0, "int32")
-    needed = ops.sum(counts)
-    after = needed + ops.cumsum(1 - counts)
-    places = ops.where(counts == 1, ops.cumsum(counts), after) - 1
-    order = ops.argsort(places)
-    chunk = MOST_ROWS
-    if backend.NAME == "torch":
-        # As many in each.
-        chunk = max(1, -(-int(needed) // max(1, -(-int(needed) // chunk))))
-    elif rows.shape[0] is not None:
-        chunk = min(chunk, rows.shape[0])
-    given = [ops.take(x, order, axis=0) for x in (rows, ids, weights)]
-    # The last chunk may begin anywhere.
-    given = [ops.pad(x, [[0, chunk]] + [[0, 0]] * (len(x.shape) - 1)) for x in given]
-    head = _Head(backbone, train_head)
-
-    def step(state):
-        start = state["start"]
-        part = [
-            ops.slice(x, (start, *[0] * (len(x.shape) - 1)), (chunk, *x.shape[1:]))
-            for x in given
-        ]
-        new = head.meet(*part, state.get("head"))
-        for name in ("loss", "right", "gradient"):
-            new[name] = backend.write_slots(state[name], new[name], start, 0)
-        return {"start": start + chunk, **new}
-
-    state = {
-        "start": backend.counter(0),
-        "loss": ops.zeros_like(given[2]),
-        "right": ops.zeros_like(given[2]),
-        # float16 has no room for gradients that nobody has scaled yet.
-        "gradient": ops.zeros_like(given[0], dtype=_without_float16(rows.dtype)),
-    }
+    head = _Head(backbone)
+    counted = _Counted(rows, ids[:, None], weights[:, None])
+    sums = head.softmax(counted)
     if train_head:
-        shape = (head.parts, head.rows, rows.shape[1])
-        state["head"] = ops.zeros(shape, dtype="float32")
-    state = backend.loop(lambda s: s["start"] < needed, step, state)
-    # Back to the order of the rows; what the loop did not reach is 0.
+        gradient = head.gradient(counted, sums)
+    # Back to the order of the rows; what was not reached is 0.
     found = {
-        name: ops.take(state[name], places, axis=0)
-        for name in ("loss", "right", "gradient")
+        "loss": counted.in_order(sums["loss"])[:, 0],
+        "right": counted.in_order(sums["right"])[:, 0],
+        "gradient": counted.in_order(sums["mixed"]),
     }
     if train_head:
-        found["head"] = ops.reshape(state["head"], (-1, rows.shape[1]))
+        found["head"] = ops.reshape(gradient, (-1, rows.shape[1]))
     return found
 
 
-def _without_float16(dtype):
-    dtype = keras.backend.standardize_dtype(dtype)
-    return "float32" if dtype == "float16" else dtype
+class _Counted:
+    """The rows that count, a chunk of them at a time."""
+
+    def __init__(self, rows, ids, weights):
+        # They come first, so that a loop over them ends early.
+        counts = ops.cast(weights[:, 0] != 0, "int32")
+        self.needed = ops.sum(counts)
+        after = self.needed + ops.cumsum(1 - counts)
+        self.places = ops.where(counts == 1, ops.cumsum(counts), after) - 1
+        order = ops.argsort(self.places)
+        self.size = sizes()[0]
+        if backend.NAME == "torch":
+            # As many in each.
+            needed = int(self.needed)
+            self.size = max(1, -(-needed // max(1, -(-needed // self.size))))
+        elif rows.shape[0] is not None:
+            self.size = min(self.size, rows.shape[0])
+        # The last chunk may begin anywhere.
+        self.given = [
+            ops.pad(ops.take(x, order, axis=0), [[0, self.size], [0, 0]])
+            for x in (rows, ids, weights)
+        ]
+
+    def column(self, value, dtype="float32"):
+        """`value` for each row, [N, 1]."""
+        return ops.full_like(self.given[2], value, dtype=dtype)
+
+    def at(self, start):
+        """The rows, ids and weights of a chunk: [C, D], [C, 1] and [C, 1]."""
+        return [self.cut(x, start) for x in self.given]
+
+    def cut(self, x, start):
+        return ops.slice(x, (start, 0), (self.size, x.shape[1]))
+
+    def each(self, step, state):
+        """`state = step(start, state)` for the start of each chunk."""
+
+        def turn(now):
+            return now[0] + self.size, step(*now)
+
+        begun = backend.counter(0), state
+        return backend.loop(lambda now: now[0] < self.needed, turn, begun)[1]
+
+    def update(self, step, state):
+        """The same for tensors of rows, of which `step` makes those of a chunk."""
+
+        def write(start, state):
+            new = step(start, {name: self.cut(x, start) for name, x in state.items()})
+            old = {name: state[name] for name in new}
+            return state | {
+                name: backend.write_slots(x, new[name], start, axis=0)
+                for name, x in old.items()
+            }
+
+        return self.each(write, state)
+
+    def in_order(self, x):
+        return ops.take(x, self.places, axis=0)
 
 
 def _tile_size(rows, most):
@@ -160,11 +188,23 @@ def _tile_size(rows, most):
     return found if 2 * found >= most else -(-rows // -(-rows // most))
 
 
+class _Tile(NamedTuple):
+    """Rows of the head.
+
+    The place of the first in each part, their ids [T], and themselves [T, D]. Of what
+    the last tile repeats, the id is -1.
+    """
+
+    first: object
+    columns: object
+    matrix: object
+
+
 class _Head:
     """The head, a tile of its rows at a time."""
 
-    def __init__(self, backbone, trained):
-        self.backbone, self.trained = backbone, trained
+    def __init__(self, backbone):
+        self.backbone = backbone
         self.cap = backbone.config.final_logit_soft_cap
         self.embedding = backbone.token_embedding
         # Read here: JAX differentiates what a loop reads from outside.
@@ -173,52 +213,69 @@ class _Head:
         self.parts = parts_of_rows(self.embedding.holder)
         vocabulary = backbone.config.vocab_size
         self.rows = vocabulary // self.parts
-        self.size = _tile_size(self.rows, -(-TILE // self.parts))
+        self.size = _tile_size(self.rows, -(-sizes()[1] // self.parts))
         self.tiles = -(-self.rows // self.size)
 
-    def meet(self, rows, ids, weights, gradient=None):
-        """Loss [C], rightness [C] and gradient [C, D] of rows, float32.
+    def softmax(self, counted):
+        """What all tiles make of the rows that count.
 
-        And the head's `gradient` [parts, V / parts, D] with their share, weighted, if
-        it is trained.
+        Returns:
+            A dictionary: the loss, rightness and `total`, the logarithm of the sum of
+            the exponentials, [N, 1], and `mixed`, the gradient of the rows, [N, D].
         """
-        ids = ids[:, None]
-        column = ops.zeros(ids.shape, dtype="float32")
-        state = {
-            "tile": backend.counter(0),
-            "top": column + LEAST,
-            "best": ops.zeros_like(ids),
-            "total": column,  # of exp(logit - top)
-            "chosen": column,  # the label's logit
-            "mixed": ops.zeros(rows.shape, dtype="float32"),
+        sums = {
+            "top": counted.column(LEAST),
+            "best": counted.column(0, "int32"),
+            "total": counted.column(0.0),  # of exp(logit - top)
+            "chosen": counted.column(0.0),  # the label's logit
+            "mixed": ops.zeros_like(counted.given[0], dtype="float32"),
         }
-        more = lambda s: s["tile"] < self.tiles  # noqa: E731
-        found = backend.loop(more, lambda s: self._turn(s, rows, ids), state)
-        total = ops.log(found["total"]) + found["top"]
-        loss = total - found["chosen"]
-        # The label's own part, in float32: a narrow dtype cannot tell it from 1.
-        slope = ops.expm1(-loss) * self._slope(found["chosen"])
-        own = [ops.take(part, ids[:, 0], axis=0) for part in self.stored]
-        own = ops.cast(self.embedding.restored(own), "float32")
-        new = {
-            "loss": loss[:, 0],
-            "right": ops.cast(found["best"] == ids, "float32")[:, 0],
-            "gradient": found["mixed"] / found["total"] + slope * own,
-        }
-        if self.trained:
-            state = {"tile": backend.counter(0), "gradient": gradient}
-            turn = lambda s: self._learn(s, rows, ids, weights, total)  # noqa: E731
-            new["head"] = backend.loop(more, turn, state)["gradient"]
-        return new
 
-    def _tile(self, tile):
-        """`(first, columns, matrix)` of a tile.
+        def meet(tile, sums):
+            def step(start, sums):
+                rows, ids, _ = counted.at(start)
+                return self._taken_in(tile, rows, ids, sums)
 
-        The place of its rows in each part, their ids [T], and themselves [T, D]. The
-        last tile begins early enough to be whole; what it repeats has the id -1.
-        """
-        start, excess = tile * self.size, self.size * self.tiles - self.rows
-        first = start - (tile // (self.tiles - 1) * excess if excess else 0)
+            return counted.update(step, sums)
+
+        def end(start, sums):
+            return self._ended(counted.at(start)[1], sums)
+
+        sums = self._each(meet, sums)
+        sums |= {"loss": counted.column(0.0), "right": counted.column(0.0)}
+        return counted.update(end, sums)
+
+    def gradient(self, counted, sums):
+        """Of the weighted sum of losses: [parts, V / parts, D]."""
+        width = counted.given[0].shape[1]
+
+        def learn(tile, gradient):
+            def step(start, share):
+                total = counted.cut(sums["total"], start)
+                return share + self._share(tile, *counted.at(start), total)
+
+            shape = (self.parts, self.size, width)
+            share = ops.zeros((self.parts * self.size, width), dtype="float32")
+            share = ops.reshape(counted.each(step, share), shape)
+            share = share + ops.slice(gradient, (0, tile.first, 0), shape)
+            return backend.write_slots(gradient, share, tile.first, axis=1)
+
+        shape = (self.parts, self.rows, width)
+        return self._each(learn, ops.zeros(shape, dtype="float32"))
+
+    def _each(self, step, state):
+        """`state = step(tile, state)` for each tile."""
+
+        def turn(now):
+            return now[0] + 1, step(self._tile(now[0]), now[1])
+
+        begun = backend.counter(0), state
+        return backend.loop(lambda now: now[0] < self.tiles, turn, begun)[1]
+
+    def _tile(self, number):
+        # The last tile begins early enough to be whole.
+        start, excess = number * self.size, self.size * self.tiles - self.rows
+        first = start - (number // (self.tiles - 1) * excess if excess else 0)
         places = first + ops.arange(self.size, dtype="int32")
         columns = ops.arange(self.parts, dtype="int32")[:, None] * self.rows + places
         if excess:
@@ -229,48 +286,57 @@ class _Head:
             divided = ops.reshape(part, (self.parts, self.rows, part.shape[1]))
             divided = ops.slice(divided, (0, first, 0), shape)
             cut.append(ops.reshape(divided, (-1, part.shape[1])))
-        return first, ops.reshape(columns, (-1,)), self.embedding.restored(cut)
+        matrix = self.embedding.restored(cut)
+        return _Tile(first, ops.reshape(columns, (-1,)), matrix)
 
-    def _logits(self, rows, columns, matrix):
+    def _logits(self, tile, rows):
         """Logits [C, T], and their slope with respect to those without a cap."""
-        logits = ops.cast(self.backbone.logits(rows, matrix), "float32")
+        logits = ops.cast(self.backbone.logits(rows, tile.matrix), "float32")
         slope = self._slope(logits)
         if self.size * self.tiles != self.rows:
-            logits = ops.where(columns >= 0, logits, LEAST)
+            logits = ops.where(tile.columns >= 0, logits, LEAST)
         return logits, slope
 
     def _slope(self, logits):
         return 1.0 if self.cap is None else 1.0 - ops.square(logits / self.cap)
 
-    def _turn(self, state, rows, ids):
-        """Another tile, which every row's softmax takes in."""
-        _, columns, matrix = self._tile(state["tile"])
-        logits, slope = self._logits(rows, columns, matrix)
+    def _taken_in(self, tile, rows, ids, sums):
+        """The sums of rows [C, D], with another tile."""
+        logits, slope = self._logits(tile, rows)
         top, best, total, chosen, powers = backend.softmax_of_tile(
-            logits, columns, ids, state["top"]
+            logits, tile.columns, ids, sums["top"]
         )
         if self.cap is not None:
             powers = powers * slope
-        mixed = backend.matmul(ops.cast(powers, matrix.dtype), matrix)
-        before = ops.exp(state["top"] - top)
+        mixed = backend.matmul(ops.cast(powers, tile.matrix.dtype), tile.matrix)
+        before = ops.exp(sums["top"] - top)
         return {
-            "tile": state["tile"] + 1,
             "top": top,
-            "best": ops.where(top > state["top"], best, state["best"]),
-            "total": state["total"] * before + total,
-            "chosen": state["chosen"] + chosen,
-            "mixed": state["mixed"] * before + ops.cast(mixed, "float32"),
+            "best": ops.where(top > sums["top"], best, sums["best"]),
+            "total": sums["total"] * before + total,
+            "chosen": sums["chosen"] + chosen,
+            "mixed": sums["mixed"] * before + ops.cast(mixed, "float32"),
         }
 
-    def _learn(self, state, rows, ids, weights, total):
-        """Another tile's own gradient."""
-        first, columns, matrix = self._tile(state["tile"])
-        logits, slope = self._logits(rows, columns, matrix)
-        slope = slope * (ops.exp(logits - total) - ops.cast(columns == ids, "float32"))
-        slope = ops.transpose(slope * weights[:, None])
-        share = ops.matmul(slope, ops.cast(rows, "float32"))
-        shape = (self.parts, self.size, rows.shape[1])
-        share = ops.reshape(share, shape)
-        share = share + ops.slice(state["gradient"], (0, first, 0), shape)
-        gradient = backend.write_slots(state["gradient"], share, first, axis=1)
-        return {"tile": state["tile"] + 1, "gradient": gradient}
+    def _ended(self, ids, sums):
+        """What the sums of rows come to, when all tiles are in them."""
+        total = ops.log(sums["total"]) + sums["top"]
+        loss = total - sums["chosen"]
+        # The label's own part, in float32: a narrow dtype cannot tell it from 1.
+        slope = ops.expm1(-loss) * self._slope(sums["chosen"])
+        own = [ops.take(part, ids[:, 0], axis=0) for part in self.stored]
+        own = ops.cast(self.embedding.restored(own), "float32")
+        return {
+            "loss": loss,
+            "right": ops.cast(sums["best"] == ids, "float32"),
+            "total": total,
+            "mixed": sums["mixed"] / sums["total"] + slope * own,
+        }
+
+    def _share(self, tile, rows, ids, weights, total):
+        """What rows make of a tile's own gradient."""
+        logits, slope = self._logits(tile, rows)
+        own = ops.cast(tile.columns == ids, "float32")
+        slope = slope * (ops.exp(logits - total) - own)
+        slope = ops.transpose(slope * weights)
+        return ops.matmul(slope, ops.cast(rows, "float32"))

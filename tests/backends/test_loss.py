@@ -60,8 +60,8 @@ def closed_form(hidden, table, labels, weights, cap):
 @pytest.mark.parametrize("tile", [131, 50], ids=["whole", "tiles"])
 @pytest.mark.parametrize("cap", [None, 3.0], ids=["plain", "capped"])
 def test_loss_and_gradients_are_the_closed_form(monkeypatch, cap, tile):
-    monkeypatch.setattr(loss, "MOST_ROWS", 16)  # several chunks
-    monkeypatch.setattr(loss, "TILE", tile)  # 50: three of 44, of which two overlap
+    # Several chunks; 50: three tiles of 44, of which two overlap.
+    monkeypatch.setattr(loss, "sizes", lambda: (16, tile))
     backbone = make(final_logit_soft_cap=cap).backbone
     random = np.random.default_rng(0)
     hidden = random.normal(size=(57, 12)).astype("float32")
@@ -251,25 +251,21 @@ def test_a_loss_that_needs_logits_gets_them():
 
 def test_only_supervised_positions_meet_the_head(monkeypatch):
     x, y, weights = batch()
-    monkeypatch.setattr(loss, "MOST_ROWS", 8)
+    monkeypatch.setattr(loss, "sizes", lambda: (8, 4096))
     seen, head = [], []
-    chunk, turn = GemmaBackbone.logits, backend.loop
+    chunk = GemmaBackbone.logits
 
     def logits(self, rows, *args):
         seen.append(tuple(rows.shape))
         return chunk(self, rows, *args)
 
-    def loop(condition, body, state):
-        head.append("head" in state or ("gradient" in state and "tile" in state))
-        return turn(condition, body, state)
-
     monkeypatch.setattr(GemmaBackbone, "logits", logits)
-    monkeypatch.setattr(backend, "loop", loop)
+    monkeypatch.setattr(loss._Head, "gradient", lambda *_: head.append("made"))
     lm = make()
     lm.backbone.enable_lora(2)
     lm.compile(keras.optimizers.SGD(0.1), run_eagerly=backend.NAME == "tensorflow")
     lm.fit(x, y, sample_weight=weights, batch_size=8, verbose=0)
-    assert not any(head)
+    assert not head
     if backend.NAME == "torch":
         # In chunks of one size; elsewhere the loop's body is traced, not run.
         chunks = -(-int(weights.sum()) // 8)
