@@ -151,10 +151,11 @@ def _attend(query, keys, values, masks, config, used=None):
         query = ops.cast(query, "float32")
         keys = keys if coded else [ops.cast(key, "float32") for key in keys]
     query = query * config.query_pre_attn_scalar**-0.5
-    # Fold the G queries of a key head into rows: one matrix product a key head.
+    # Fold the G queries of a key head into rows: one matrix product a key head. Those of
+    # a token follow each other, so that with one key head nothing moves.
     query = ops.reshape(query, (-1, length, config.num_kv_heads, groups, size))
-    query = ops.transpose(query, (0, 2, 3, 1, 4))
-    query = ops.reshape(query, (-1, config.num_kv_heads, groups * length, size))
+    query = ops.transpose(query, (0, 2, 1, 3, 4))
+    query = ops.reshape(query, (-1, config.num_kv_heads, length * groups, size))
     core = _Core(groups, config.attn_logit_soft_cap)
     if coded:
         core = _CodesCore(groups, config.attn_logit_soft_cap, query.dtype)
@@ -170,8 +171,8 @@ def _attend(query, keys, values, masks, config, used=None):
     else:
         mixed = core.value(query, keys, values, masks)
     mixed = ops.cast(mixed, dtype) if coded else mixed
-    mixed = ops.reshape(mixed, (-1, config.num_kv_heads, groups, length, size))
-    mixed = ops.transpose(mixed, (0, 3, 1, 2, 4))
+    mixed = ops.reshape(mixed, (-1, config.num_kv_heads, length, groups, size))
+    mixed = ops.transpose(mixed, (0, 2, 1, 3, 4))
     return ops.reshape(mixed, (-1, length, heads * size))
 
 
@@ -204,7 +205,7 @@ def _torch_attends(query, keys, length, config):
 class _Core:
     """Softmax(cap(q k^T)) v over the heads [B, K], with its gradient in closed form.
 
-    Queries are [B, K, G T, H], scaled; keys and values [B, K, S, H]; masks
+    Queries are [B, K, T G, H], scaled; keys and values [B, K, S, H]; masks
     [B, 1, T, S]. Scores are float32.
     """
 
@@ -313,8 +314,8 @@ class _Core:
 
     def _masked(self, scores, mask, hidden=MASKED):
         heads, rows, keys = scores.shape[1:]
-        apart = (-1, heads * self.groups, rows // self.groups, keys)
-        scores = ops.where(mask, ops.reshape(scores, apart), hidden)
+        apart = (-1, heads, rows // self.groups, self.groups, keys)
+        scores = ops.where(mask[:, :, :, None], ops.reshape(scores, apart), hidden)
         return ops.reshape(scores, (-1, heads, rows, keys))
 
 

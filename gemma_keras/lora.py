@@ -57,7 +57,7 @@ class Factors:
 
     def finish(self, projected):
         """The update, given the inputs times `a`."""
-        product = ops.cast(backend.matmul(projected, self.b), projected.dtype)
+        product = ops.cast(backend.matmul_of_few(projected, self.b), projected.dtype)
         return product * self.scale
 
     def delta(self):

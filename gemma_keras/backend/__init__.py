@@ -37,7 +37,12 @@ from gemma_keras.backend.packed_products import (
     packed_matrix,
     packed_product,
 )
-from gemma_keras.backend.products import batch_matmul, matmul, row_products
+from gemma_keras.backend.products import (
+    batch_matmul,
+    matmul,
+    matmul_of_few,
+    row_products,
+)
 from gemma_keras.backend.programs import (
     COMPILES,
     LayerProgram,

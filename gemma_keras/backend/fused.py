@@ -68,13 +68,13 @@ def masked_softmax(products, mask, cap, hidden):
     """Softmax over keys, in float32 and rounded last.
 
     Args:
-        products: [B, K, G T, S].
+        products: [B, K, T G, S].
         mask: bool [B, 1, T, S], B perhaps 1: what is not seen counts as `hidden`.
         cap: None, or the bound c of c tanh(products / c).
         hidden: a number.
 
     Returns:
-        [B, K, G T, S], in the dtype of `products`.
+        [B, K, T G, S], in the dtype of `products`.
     """
     return torch.ops.gemma_keras.masked_softmax(products, mask, cap or 0.0, hidden)
 

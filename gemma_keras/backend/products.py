@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from gemma_keras.backend.device import on_cpu
+from gemma_keras.backend.gradients import with_gradient
 from gemma_keras.backend.library import NAME, jax, jnp, tf, torch
 from gemma_keras.backend.running import in_program
 from gemma_keras.backend.torch_products import (
@@ -40,6 +41,30 @@ def matmul(x, kernel, transposed=False):
         rows = jnp.broadcast_to(jnp.reshape(x, (1, -1)), (2, x.shape[-1]))
         return jnp.reshape(jnp.matmul(rows, kernel)[:1], (*x.shape[:-1], -1))
     return ops.matmul(x, kernel)
+
+
+def matmul_of_few(x, kernel):
+    """`matmul` of an `x` [..., D] with few columns, whose kernel [D, F] is trained.
+
+    For the slopes of a kernel JAX turns those of the product, unless it is told
+    otherwise; XLA takes as long for that as for many products with D columns.
+    """
+    if NAME != "jax" or in_program.get():
+        return matmul(x, kernel)
+    rows = jnp.reshape(x, (-1, x.shape[-1]))
+    kernel = ops.convert_to_tensor(kernel)
+    product = with_gradient(_product_and_kept, _product_slopes, rows, kernel)
+    return jnp.reshape(product, (*x.shape[:-1], -1))
+
+
+def _product_and_kept(rows, kernel):
+    return matmul(rows, kernel), (rows, kernel)
+
+
+def _product_slopes(upstream, rows, kernel):
+    of_rows = jnp.matmul(upstream, kernel.T.astype(upstream.dtype))
+    of_kernel = jnp.matmul(rows.T, upstream, preferred_element_type=jnp.float32)
+    return of_rows.astype(rows.dtype), of_kernel.astype(kernel.dtype)
 
 
 def _xla_is_slow_with_one_row(x):

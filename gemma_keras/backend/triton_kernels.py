@@ -123,13 +123,14 @@ def gated_gelu(gate, up):
 
 @triton.jit
 def _masked_softmax(
-    x, mask, out, rows, tokens, keys, cap, hidden,
+    x, mask, out, heads, tokens, groups, keys, cap, hidden,
     ALIKE: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    seen = row % tokens
+    token = row // groups
+    seen = token % tokens
     if not ALIKE:
-        seen += row // rows * tokens
+        seen += token // (heads * tokens) * tokens
     key = tl.arange(0, BLOCK)
     inside = key < keys
     score = tl.load(x + row * keys + key, mask=inside, other=0.0).to(tl.float32)
@@ -155,8 +156,9 @@ def masked_softmax(products, mask, cap, hidden):
         products,
         mask,
         out,
-        heads * rows,
+        heads,
         mask.shape[2],
+        rows // mask.shape[2],
         keys,
         cap,
         hidden,

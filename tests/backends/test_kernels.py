@@ -96,7 +96,7 @@ def test_softmaxes(keys, rows, cap, dtype, kernels):
     mask = drawn(rows, 1, tokens, keys, seed=1) > 0
     mask[0, 0, 0] = False  # a query that sees nothing
     scores = soft_cap(products.double(), cap)
-    seen = mask.repeat(1, 1, groups, 1)
+    seen = mask.repeat_interleave(groups, dim=2)
     expected = torch.softmax(torch.where(seen, scores, MASKED), dim=-1)
     found = kernels.masked_softmax(products, mask, cap or 0.0, MASKED)
     # A score of 20 is rounded by twenty times what one of 1 is.
