@@ -10,9 +10,6 @@ To what an entry asks of a processor, where AVX-512 is part of it, XLA adds what
 compiler was told to prefer. No processor lists that, so TensorFlow prints that the
 program may crash (openxla/xla#44565). Entries therefore do not ask for AVX-512: they
 lie in a folder for processors with the same instructions.
-
-Steps of Keras' training, evaluation and prediction are removed: found on disk, they
-multiply at up to a third of the speed, and start no sooner than compiled ones.
 """
 
 import os
@@ -34,13 +31,11 @@ _KEY_FIELDS = {
 _FIRST, _LAST = b"key {", b'"\n'
 # The list of what is asked for, with a plus sign, and of what is not.
 _ASKED = re.compile(rb"(?:[+-][a-z0-9._-]+,){20,}[+-][a-z0-9._-]+")
-# What Keras calls the step of `fit`, `evaluate` and `predict` that it compiles.
-_STEP = b"one_step_on_data"
 _UNASKED = re.compile(rb"\+(?=avx512|prefer-)")
 
 
 def settle(path):
-    """Makes an entry text if it is complete and to be kept, and else removes it.
+    """Makes an entry text if it is complete, and removes it if it is not.
 
     A process that reads it meanwhile finds either form.
 
@@ -74,7 +69,7 @@ def as_text(entry):
     """The text form of an entry's bytes.
 
     Raises:
-        ValueError: it is torn, or something else, or not to be kept.
+        ValueError: it is torn, or something else.
     """
     found = _fields(entry)
     if set(found) != {_KEY, _GRAPH, _EXECUTABLE}:
@@ -82,8 +77,6 @@ def as_text(entry):
     key = _fields(found[_KEY])
     if not set(key) <= set(_KEY_FIELDS):
         raise ValueError("This program's key has fields of another version.")
-    if _STEP in found[_EXECUTABLE]:
-        raise ValueError("A step is compiled anew.")
     words = [b"%s: %s" % (_KEY_FIELDS[n], _said(value)) for n, value in key.items()]
     unasked = lambda asked: _UNASKED.sub(b"-", asked[0])  # noqa: E731
     executable = _said(_ASKED.sub(unasked, found[_EXECUTABLE]))
