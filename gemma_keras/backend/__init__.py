@@ -73,7 +73,9 @@ from gemma_keras.backend.replicas import (
 from gemma_keras.backend.tensors import (
     all_finite,
     argmax,
+    as_bits,
     column_squares,
+    from_bits,
     host_copy,
     identities,
     read_slots,

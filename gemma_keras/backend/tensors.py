@@ -2,10 +2,11 @@
 
 import math
 
+import keras
 import numpy as np
 from keras import ops
 
-from gemma_keras.backend.device import torch_device
+from gemma_keras.backend.device import on_cpu, torch_device
 from gemma_keras.backend.library import NAME, jax, jnp, tf, torch
 from gemma_keras.buffers import aligned_copy
 
@@ -95,6 +96,27 @@ def identities(variables):
         values = [v.value for v in variables if not v.value.dtype.is_floating_point]
         found += [value._version for value in values]
     return found
+
+
+def as_bits(x):
+    """`x`, or its bits as integers: XLA on a CPU widens narrow floats before it cuts.
+
+    It would do so with the whole of what a loop cuts from, once, and keep it.
+    """
+    narrow = keras.backend.standardize_dtype(x.dtype) in ("bfloat16", "float16")
+    if NAME == "torch" or not narrow or not on_cpu():
+        return x
+    if NAME == "jax":
+        return jax.lax.bitcast_convert_type(x, jnp.uint16)
+    return tf.bitcast(x, tf.uint16)
+
+
+def from_bits(x, dtype):
+    """What `as_bits` was given, or a part of that; `dtype` is what it was of."""
+    if x.dtype == dtype:
+        return x
+    bitcast = jax.lax.bitcast_convert_type if NAME == "jax" else tf.bitcast
+    return bitcast(x, dtype)
 
 
 def write_slots(buffer, new, start, axis):

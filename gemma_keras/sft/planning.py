@@ -272,9 +272,9 @@ class _Step:
         if self.mixed:
             # The kernels once more, as they are computed with.
             total += self.compute * sum(map(math.prod, self._kernels().values()))
-        if self.widened and EMBEDDING not in self.packings:
-            # The head, once to make logits and once for their slopes.
-            total += 2 * 4 * math.prod(layer_shapes(self.model)[EMBEDDING])
+        if self.widened and self.held < 4 and EMBEDDING not in self.packings:
+            # The head's bits, which the loss cuts from.
+            total += self.held * math.prod(layer_shapes(self.model)[EMBEDDING])
         return total
 
     def loading(self):

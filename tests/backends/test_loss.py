@@ -60,7 +60,7 @@ def closed_form(hidden, table, labels, weights, cap):
 @pytest.mark.parametrize("tile", [131, 50], ids=["whole", "tiles"])
 @pytest.mark.parametrize("cap", [None, 3.0], ids=["plain", "capped"])
 def test_loss_and_gradients_are_the_closed_form(monkeypatch, cap, tile):
-    # Several chunks; 50: three tiles of 44, of which two overlap.
+    # Several chunks; 50: three tiles, of which two overlap.
     monkeypatch.setattr(loss, "sizes", lambda: (16, tile))
     backbone = make(final_logit_soft_cap=cap).backbone
     random = np.random.default_rng(0)
