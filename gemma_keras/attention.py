@@ -151,8 +151,8 @@ def _attend(query, keys, values, masks, config, used=None):
         query = ops.cast(query, "float32")
         keys = keys if coded else [ops.cast(key, "float32") for key in keys]
     query = query * config.query_pre_attn_scalar**-0.5
-    # Fold the G queries of a key head into rows: one matrix product a key head. Those of
-    # a token follow each other, so that with one key head nothing moves.
+    # Fold the G queries of a key head into rows: one matrix product a key head. Those
+    # of a token follow each other, so that with one key head nothing moves.
     query = ops.reshape(query, (-1, length, config.num_kv_heads, groups, size))
     query = ops.transpose(query, (0, 2, 1, 3, 4))
     query = ops.reshape(query, (-1, config.num_kv_heads, length * groups, size))

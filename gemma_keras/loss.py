@@ -3,16 +3,15 @@
 A vocabulary of 256,000 makes logits [B, T, V] the largest tensor of training, by far,
 and most of it is for prompts and padding that nobody learns. Here the positions that
 count are brought together, and a tile of the head's rows at a time meets them, a chunk
-of positions at a time. Since the gradient of a token's loss with respect to its hidden state is
-known in closed form, (softmax - one hot) E, it is made with the loss: as attention to
-the rows of E, with a softmax that is corrected from tile to tile (Milakov and
-Gimelshein 2018, arXiv:1805.02867). That is two products, as a plain forward and
+of positions at a time. Since the gradient of a token's loss with respect to its hidden
+state is known in closed form, (softmax - one hot) E, it is made with the loss: as
+attention to the rows of E, with a softmax that is corrected from tile to tile (Milakov
+and Gimelshein 2018, arXiv:1805.02867). That is two products, as a plain forward and
 backward pass need, and nothing is kept but [N, D].
 """
 
 from typing import NamedTuple
 
-import keras
 from keras import ops
 
 from gemma_keras import backend
@@ -168,10 +167,9 @@ class _Counted:
 
         def write(start, state):
             new = step(start, {name: self.cut(x, start) for name, x in state.items()})
-            old = {name: state[name] for name in new}
             return state | {
-                name: backend.write_slots(x, new[name], start, axis=0)
-                for name, x in old.items()
+                name: backend.write_slots(state[name], x, start, axis=0)
+                for name, x in new.items()
             }
 
         return self.each(write, state)

@@ -84,6 +84,39 @@ def test_loss_and_gradients_are_the_closed_form(monkeypatch, cap, tile):
     assert relative(found.right, expected[3]) < 1e-6
 
 
+@pytest.mark.parametrize("other", [9, 100], ids=["same tile", "another"])
+def test_of_equal_logits_the_first_is_the_likeliest(monkeypatch, other):
+    monkeypatch.setattr(loss, "sizes", lambda: (16, 50))
+    backbone = make().backbone
+    table = np.random.default_rng(0).normal(size=(131, 12)).astype("float32")
+    table[[5, other]] = 10.0
+    backbone.token_embedding.embeddings.assign(table)
+    hidden = np.ones((2, 12), "float32")
+    for weights in ([1.0, 0.0], [0.0, 1.0]):
+        found = loss.cross_entropy(hidden, [5, other], weights, backbone)
+        assert float(found.right) == weights[0]
+
+
+@pytest.mark.skipif(backend.NAME != "jax", reason="shows the program")
+@pytest.mark.skipif(not backend.on_cpu(), reason="XLA multiplies bfloat16 elsewhere")
+def test_no_whole_head_is_widened(monkeypatch):
+    monkeypatch.setattr(loss, "sizes", lambda: (16, 50))
+    backbone = make("bfloat16").backbone
+    labels, weights = np.arange(57), np.ones(57)
+
+    def program():
+        def total(hidden):
+            return loss.cross_entropy(hidden, labels, weights, backbone).loss
+
+        hidden = ops.zeros((57, 12), "bfloat16")
+        jax = backend.library.jax
+        return jax.jit(jax.grad(total)).lower(hidden).compile().as_text()
+
+    assert "f32[131,12]" not in program()
+    monkeypatch.setattr(backend, "as_bits", lambda x: x)
+    assert "f32[131,12]" in program()
+
+
 def test_the_gated_gelu_has_the_slopes_of_its_formula():
     random = np.random.default_rng(1)
     gate, up = random.normal(size=(2, 5, 7)) * 2
