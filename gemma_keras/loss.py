@@ -131,9 +131,10 @@ class _Counted:
         order = ops.argsort(self.places)
         self.size = sizes()[0]
         if backend.NAME == "torch":
-            # As many in each.
-            needed = int(self.needed)
-            self.size = max(1, -(-needed // max(1, -(-needed // self.size))))
+            # As many in each. A device is asked for their number once.
+            self.needed = int(self.needed)
+            chunks = max(1, -(-self.needed // self.size))
+            self.size = max(1, -(-self.needed // chunks))
         elif rows.shape[0] is not None:
             self.size = min(self.size, rows.shape[0])
         # The last chunk may begin anywhere.
@@ -187,8 +188,8 @@ def _tile_size(rows, most):
     if rows <= most:
         return rows
     fits = lambda size: not backend.on_cpu() or size % 1024  # noqa: E731
-    sizes = range(most, most // 2, -1)
-    return next((size for size in sizes if rows % size == 0 and fits(size)), most)
+    choices = range(most, most // 2, -1)
+    return next((size for size in choices if rows % size == 0 and fits(size)), most)
 
 
 class _Tile(NamedTuple):
