@@ -25,7 +25,7 @@ LOGITS_BYTES = 2**26
 LEAST = -1e30
 
 
-def sizes():
+def chunk_sizes():
     """How many positions meet how many rows of the head at a time.
 
     Of the last positions some may not count, but take as long; torch has none of these.
@@ -129,7 +129,7 @@ class _Counted:
         after = self.needed + ops.cumsum(1 - counts)
         self.places = ops.where(counts == 1, ops.cumsum(counts), after) - 1
         order = ops.argsort(self.places)
-        self.size = sizes()[0]
+        self.size = chunk_sizes()[0]
         if backend.NAME == "torch":
             # As many in each. A device is asked for their number once.
             self.needed = int(self.needed)
@@ -219,7 +219,7 @@ class _Head:
         self.parts = parts_of_rows(self.embedding.holder)
         vocabulary = backbone.config.vocab_size
         self.rows = vocabulary // self.parts
-        self.size = _tile_size(self.rows, -(-sizes()[1] // self.parts))
+        self.size = _tile_size(self.rows, -(-chunk_sizes()[1] // self.parts))
         self.tiles = -(-self.rows // self.size)
 
     def softmax(self, counted):

@@ -17,7 +17,7 @@ import re
 from gemma_keras import backend, registry
 from gemma_keras.loading import open_source
 from gemma_keras.lora_config import EMBEDDING, LoraConfig, layer_shapes
-from gemma_keras.loss import sizes
+from gemma_keras.loss import chunk_sizes
 from gemma_keras.quantization import MODES, Quantization
 from gemma_keras.registry import DTYPE_BYTES
 
@@ -385,7 +385,7 @@ class _Step:
     def loss(self):
         """A tile of logits, its slopes, and the gradient of all positions."""
         vocabulary, width = self.model.vocab_size, self.model.hidden_dim
-        rows, tile = map(min, sizes(), (self.tokens, vocabulary))
+        rows, tile = map(min, chunk_sizes(), (self.tokens, vocabulary))
         logits = 4 * rows * tile
         capped = self.model.final_logit_soft_cap is not None
         head = 0 if self.lora is not None else self.program.heads * vocabulary * width

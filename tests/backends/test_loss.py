@@ -61,7 +61,7 @@ def closed_form(hidden, table, labels, weights, cap):
 @pytest.mark.parametrize("cap", [None, 3.0], ids=["plain", "capped"])
 def test_loss_and_gradients_are_the_closed_form(monkeypatch, cap, tile):
     # Several chunks; 50: three tiles, of which two overlap.
-    monkeypatch.setattr(loss, "sizes", lambda: (16, tile))
+    monkeypatch.setattr(loss, "chunk_sizes", lambda: (16, tile))
     backbone = make(final_logit_soft_cap=cap).backbone
     random = np.random.default_rng(0)
     hidden = random.normal(size=(57, 12)).astype("float32")
@@ -86,7 +86,7 @@ def test_loss_and_gradients_are_the_closed_form(monkeypatch, cap, tile):
 
 @pytest.mark.parametrize("other", [9, 100], ids=["same tile", "another"])
 def test_of_equal_logits_the_first_is_the_likeliest(monkeypatch, other):
-    monkeypatch.setattr(loss, "sizes", lambda: (16, 50))
+    monkeypatch.setattr(loss, "chunk_sizes", lambda: (16, 50))
     backbone = make().backbone
     table = np.random.default_rng(0).normal(size=(131, 12)).astype("float32")
     table[[5, other]] = 10.0
@@ -100,7 +100,7 @@ def test_of_equal_logits_the_first_is_the_likeliest(monkeypatch, other):
 @pytest.mark.skipif(backend.NAME != "jax", reason="shows the program")
 @pytest.mark.skipif(not backend.on_cpu(), reason="XLA multiplies bfloat16 elsewhere")
 def test_no_whole_head_is_widened(monkeypatch):
-    monkeypatch.setattr(loss, "sizes", lambda: (16, 50))
+    monkeypatch.setattr(loss, "chunk_sizes", lambda: (16, 50))
     backbone = make("bfloat16").backbone
     labels, weights = np.arange(57), np.ones(57)
 
@@ -284,7 +284,7 @@ def test_a_loss_that_needs_logits_gets_them():
 
 def test_only_supervised_positions_meet_the_head(monkeypatch):
     x, y, weights = batch()
-    monkeypatch.setattr(loss, "sizes", lambda: (8, 4096))
+    monkeypatch.setattr(loss, "chunk_sizes", lambda: (8, 4096))
     seen, head = [], []
     chunk = GemmaBackbone.logits
 
