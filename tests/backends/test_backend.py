@@ -1,5 +1,6 @@
 """Arrays of a checkpoint as tensors: values, dtype, order, and who owns the memory."""
 
+import importlib.util
 import pathlib
 import platform
 import subprocess
@@ -217,6 +218,61 @@ def test_freed_tensors_leave_the_process():
     most, least = map(float, done.stdout.split())
     assert most > 300  # 40 tensors of 8 MiB
     assert least < 50
+
+
+PACKING = """
+import resource
+
+import numpy as np
+import tensorflow
+from keras import ops
+
+from gemma_keras import backend
+
+x, kernel = np.ones((128, 2000), "float32"), np.ones((2000, 640), "float32")
+
+def products(x, kernel):
+    def turn(state):
+        count, total = state
+        return count + 1, total + ops.matmul(x + total[0, 0], kernel)
+    begun = backend.counter(0), ops.zeros((128, 640))
+    return backend.loop(lambda state: state[0] < 50, turn, begun)[1]
+
+if backend.NAME == "jax":
+    import jax
+    products = jax.jit(products)
+else:
+    products = tensorflow.function(products, jit_compile=True)
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+with backend.giving_back_memory():
+    # As `fit` begins, and glibc is told something new.
+    spec = tensorflow.TensorSpec((), "int32")
+    list(tensorflow.data.Dataset.from_generator(lambda: [0], output_signature=spec))
+    given = [ops.convert_to_tensor(array) for array in (x, kernel)]
+    for _ in range(3):
+        before = faults()
+        ops.convert_to_numpy(products(*given))
+    print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(
+    backend.NAME == "torch"
+    or not backend.on_cpu()
+    or platform.libc_ver()[0] != "glibc"
+    or not importlib.util.find_spec("tensorflow"),
+    reason="XLA on a CPU, beside TensorFlow",
+)
+def test_memory_for_packing_stays_in_training():
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", PACKING], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    # Each of 50 products packs a kernel of 1,250 pages.
+    assert int(done.stdout) < 50 * 250
 
 
 @pytest.mark.skipif(backend.NAME != "torch", reason="a remat of torch's own")
