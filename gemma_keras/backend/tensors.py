@@ -71,18 +71,25 @@ if NAME == "jax":
 
 def argmax(x):
     """The first place [B] of the largest number of each row of `x` [B, V], int32."""
-    if NAME == "torch" and x.device.type == "cpu" and x.shape[1] >= _MANY_NUMBERS:
-        # torch looks for a place a number at a time, and for a maximum many at once.
-        size = math.isqrt(x.shape[1])
-        while x.shape[1] % size:
-            size -= 1
-        parts = x.reshape(len(x), size, -1)
-        part = parts.amax(dim=-1).argmax(dim=-1)
-        chosen = parts.take_along_dim(part[:, None, None], dim=1)[:, 0]
-        place = part * parts.shape[-1] + chosen.argmax(dim=-1)
-    else:
+    host = x.device.type == "cpu" if NAME == "torch" else on_cpu()
+    if not host or x.shape[1] < _MANY_NUMBERS:
         place = ops.argmax(x, axis=-1)
+    elif NAME == "torch":
+        place = _place_in_parts(x, torch.amax, torch.argmax, torch.take_along_dim)
+    else:
+        place = _place_in_parts(x, ops.max, ops.argmax, ops.take_along_axis)
     return ops.cast(place, "int32")
+
+
+def _place_in_parts(x, most, place, take):
+    # A place is looked for a number at a time, and a maximum many at once.
+    size = math.isqrt(x.shape[1])
+    while x.shape[1] % size:
+        size -= 1
+    parts = ops.reshape(x, (-1, size, x.shape[1] // size))
+    part = place(most(parts, -1), -1)
+    chosen = take(parts, part[:, None, None], 1)[:, 0]
+    return part * parts.shape[-1] + place(chosen, -1)
 
 
 # From so many on it pays to look for them in two steps.

@@ -121,6 +121,27 @@ def test_products_in_programs_are_products(shape, outputs, transposed):
     np.testing.assert_allclose(product, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize(
+    "sizes", [(640, 1024), (2048, 640), (1025, 514), (514, 1026), (100, 8192)]
+)
+def test_products_with_large_kernels_are_products(sizes, rows, transposed):
+    """XLA gets them in parts, where their sizes have a divisor."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, 1, sizes[0])).astype("float32")
+    kernel = rng.normal(size=sizes).astype("float32")
+    given = np.ascontiguousarray(kernel.T) if transposed else kernel
+    variable = keras.Variable(given)
+    program = backend.Program(
+        lambda x: backend.matmul(x, variable, transposed), [variable]
+    )
+    product = keras.ops.convert_to_numpy(program(x))
+    expected = x.astype("float64") @ kernel.astype("float64")
+    assert product.shape == expected.shape
+    np.testing.assert_allclose(product, expected, rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize("size", [7, 2**14, 2**14 + 27, 256_000])
 def test_the_first_of_the_largest_is_found(size):
     rng = np.random.default_rng(size)
