@@ -293,8 +293,7 @@ class GemmaBackbone(Adaptable, Quantizable, keras.Model):
         run = lambda x: block(x, table, attention_mask=mask, noise=noise)  # noqa: E731
         if not self.remat:
             return run(x)
-        packed = block.attention.query.packed is not None
-        return backend.remat(run, block.trainable_variables, packed)(x)
+        return backend.remat(run, block.trainable_variables)(x)
 
     def embed(self, inputs, layer_intercept_fn=None):
         """Scaled embeddings [B, T, D], in the dtype of the residual stream."""

@@ -118,16 +118,16 @@ class PackedMatrix:
         flat = ops.reshape(x, (-1, x.shape[-1]))
         parts = self.stored()
 
-        def forward(x):
-            return self._multiply(x, parts, transposed)
+        def forward(x, *parts):
+            return self._multiply(x, parts, transposed), parts
 
-        def backward(slopes):
-            return self._multiply(slopes, parts, not transposed)
+        def backward(slopes, *parts):
+            return self._multiply(slopes, parts, not transposed), *[None] * len(parts)
 
         if backend.may_be_differentiated():
-            product = backend.linear(forward, backward, flat)
+            product = backend.with_gradient(forward, backward, flat, *parts)
         else:
-            product = forward(flat)
+            product = self._multiply(flat, parts, transposed)
         width = self.shape[0] if transposed else self.shape[1]
         return ops.reshape(product, (*shape[:-1], width))
 
@@ -170,9 +170,9 @@ class PackedMatrix:
         count, rows = ops.shape(x)[0], self.shape[0] // devices
         parts = [ops.reshape(p, (devices, rows, p.shape[1])) for p in parts]
         if transposed:
-            made = ops.zeros((count, devices, rows), dtype="float32")
+            made = backend.zeros_not_before(x, (count, devices, rows))
         else:
-            made = ops.zeros((count, self.shape[1]), dtype="float32")
+            made = backend.zeros_not_before(x, (count, self.shape[1]))
             x = ops.reshape(x, (count, devices, rows))
 
         def turn(state):

@@ -23,12 +23,12 @@ from gemma_keras.backend.fused import (
 from gemma_keras.backend.gradients import (
     HAS_GELU_GRADIENT,
     gelu_gradient,
-    linear,
     may_be_differentiated,
     no_gradient,
     not_before,
     remat,
     with_gradient,
+    zeros_not_before,
 )
 from gemma_keras.backend.library import NAME
 from gemma_keras.backend.loops import both, branch, counter, least, loop

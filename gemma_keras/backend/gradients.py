@@ -2,7 +2,6 @@
 
 import contextlib
 
-import keras
 from keras import ops
 
 from gemma_keras.backend.library import NAME, jax, tf, torch
@@ -65,52 +64,36 @@ def gelu_gradient(upstream, x):
     return torch.ops.aten.gelu_backward(upstream, x, approximate="tanh")
 
 
-def linear(forward, backward, x):
-    """`forward(x)`, differentiated by `backward`, for which nothing is kept.
-
-    Args:
-        forward: a linear function of a tensor.
-        backward: its transpose: from slopes of the value to slopes of `x`.
-        x: the tensor.
-    """
-    if NAME == "torch":
-        return _Linear.apply(forward, backward, x)
-
-    @ops.custom_gradient
-    def run(x):
-        def gradient(*args, upstream=None):
-            return backward(args[0] if upstream is None else upstream)
-
-        return forward(x), gradient
-
-    return run(x)
-
-
-if NAME == "torch":
-
-    class _Linear(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, forward, backward, x):
-            ctx.transpose = backward
-            return forward(x)
-
-        @staticmethod
-        def backward(ctx, upstream):
-            return None, None, ctx.transpose(upstream)
-
-
 def not_before(value, x):
     """The tensor `value`, which XLA cannot compute with before it has the floats `x`.
 
     XLA joins equal computations, and begins as early as it can: what is computed again
     for a backward pass would be kept from the forward pass.
     """
-    traced = NAME == "jax" and isinstance(x, jax.core.Tracer)
-    if not traced and (NAME != "tensorflow" or tf.executing_eagerly()):
+    if not _in_graph(x):
         return value
     # It does not know that this is true, since a float may be NaN.
     corner = ops.reshape(x, (-1,))[0]
     return ops.where(corner == corner, value, ops.zeros_like(value))
+
+
+def _in_graph(x):
+    """Whether the tensor `x` is one of a program that XLA may compile."""
+    if NAME == "jax":
+        return isinstance(x, jax.core.Tracer)
+    return NAME == "tensorflow" and not tf.executing_eagerly()
+
+
+def zeros_not_before(x, shape):
+    """Zeros in float32, which XLA cannot make before it has the floats `x`.
+
+    What a loop begins with it would copy for all loops of a program, at its beginning.
+    """
+    if not _in_graph(x):
+        return ops.zeros(shape, dtype="float32")
+    # Not 0, or it would see that `x` does not matter.
+    smallest = not_before(ops.convert_to_tensor(1e-37, "float32"), x) - 1e-37
+    return ops.broadcast_to(smallest, shape)
 
 
 def no_gradient():
@@ -118,20 +101,17 @@ def no_gradient():
     return torch.no_grad() if NAME == "torch" else contextlib.nullcontext()
 
 
-def remat(function, variables, own_gradients=False):
+def remat(function, variables):
     """`function` of a tensor, of which a backward pass keeps the argument alone.
 
     Args:
         function: of one tensor, to one.
         variables: the Keras variables that it reads and that are trained.
-        own_gradients: whether operations inside have gradients that close over
-            tensors, as products with quantised weights do: JAX and TensorFlow go
-            through these by Keras' way alone.
     """
+    # Not Keras' way: XLA computes again what it can before the backward pass begins,
+    # and then keeps it.
     if NAME == "torch":
         return lambda x: _Remat.apply(function, x, *[v.value for v in variables])
-    if own_gradients:
-        return keras.remat(function)
     return _jax_remat(function) if NAME == "jax" else _tensorflow_remat(function)
 
 

@@ -93,10 +93,8 @@ def test_restored_in_runs_they_are_the_same(floats, small_runs):
     np.testing.assert_allclose(logits(lm), logits(twin), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(
-    keras.backend.backend() != "jax", reason="JAX alone tells XLA's buffers"
-)
-def test_xla_keeps_no_restored_matrix_for_the_backward_pass():
+def buffers_of_gradient(rows):
+    """Bytes of XLA's own that the gradient of 12 layers takes, for `rows` of 256."""
     import jax
 
     layers = []
@@ -115,10 +113,26 @@ def test_xla_keeps_no_restored_matrix_for_the_backward_pass():
             return ops.sum(x)
 
     values = [variable.value for variable in variables]
-    x = np.ones((16, 256), "float32")
+    x = np.ones((rows, 256), "float32")
     program = jax.jit(jax.grad(total)).lower(x, values).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="JAX alone tells XLA's buffers"
+)
+def test_xla_keeps_no_restored_matrix_for_the_backward_pass():
     # A restored matrix takes 0.26 MB, what tanh keeps 0.2 MB in all.
-    assert program.memory_analysis().temp_size_in_bytes < 4 * 256 * 256 * 4
+    assert buffers_of_gradient(16) < 4 * 256 * 256 * 4
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="JAX alone tells XLA's buffers"
+)
+def test_xla_begins_no_loop_over_a_matrix_early(monkeypatch):
+    monkeypatch.setattr(packed, "MANY_BYTES", 4 * 256 * 64)
+    # What tanh keeps, and a few more of the same size.
+    assert buffers_of_gradient(2048) < (12 + 4) * 4 * 256 * 2048
 
 
 def test_a_prime_number_of_rows_is_restored_as_a_whole():

@@ -2,6 +2,7 @@
 
     python tools/bench/plan.py --json plan.json
     python tools/bench/plan.py --backends torch --only gemma3
+    python tools/bench/plan.py --large      # 17 GB of disk, minutes a step
 
 Each line is a real run of `gemma-keras sft`, of three steps, in a process of its own,
 on a model of random weights with the genuine tokenizer (`tools/fetch_assets.py`) and on
@@ -65,6 +66,7 @@ def models():
             num_query_heads=12,
             num_kv_heads=12,
         ),
+        "7b": registry.find("gemma_7b_en").config,
     }
 
 
@@ -94,28 +96,36 @@ UNSEEN = [
     ("few", _NARROW | {"batch_size": 4, "sequence_length": 256, "quantize": "int4"}),
     ("wide", _ALL | {"batch_size": 2, "sequence_length": 512}),
 ]
+# What is to fit in 12 GB.
+LARGE = [
+    (
+        "7b",
+        _NARROW
+        | {"batch_size": 1, "sequence_length": 1024, "remat": True, "quantize": "int4"},
+    ),
+]
 
 
-def write_model(name, config):
-    """A Hugging Face directory of random float32 weights, written once."""
+def write_model(name, config, stored):
+    """A Hugging Face directory of random weights, written once."""
     from gemma_keras.checkpoints import exporting
 
     path = folder() / f"plan-{name}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        exporting.export(random_model(config, "float32"), path, "hf")
+        exporting.export(random_model(config, stored), path, "hf", dtype=stored)
     return path
 
 
-def measure(backend, path, config, data, settings):
+def measure(backend, path, config, stored, data, settings):
     """GB that were predicted and measured, or why there are none."""
     from gemma_keras.sft import RunConfig, planning
 
     with tempfile.TemporaryDirectory() as out:
         given = {"preset": str(path), "train": [str(data)], "out": f"{out}/run"}
         given |= {"max_steps": 3, "epochs": 1, "backend": backend, **settings}
-        run = RunConfig.read(None, given).resolved(config, "float32")
-        predicted = planning.predict(config, run, "float32", backend).total
+        run = RunConfig.read(None, given).resolved(config, stored)
+        predicted = planning.predict(config, run, stored, backend).total
         flags = [part for pair in given.items() for part in _flag(*pair)]
         done = subprocess.run(
             [sys.executable, "-c", COMMAND, "sft", *flags],
@@ -153,11 +163,14 @@ def main():
     parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
     parser.add_argument("--only", nargs="+", help="models, by name")
     parser.add_argument("--unseen", action="store_true", help="not the fitted ones")
+    parser.add_argument("--large", action="store_true", help="Gemma 7B, and no other")
     parser.add_argument("--json", type=pathlib.Path, help="file for every figure")
     arguments = parser.parse_args()
     found = models()
     cells = [] if arguments.unseen else [(True, *cell) for cell in SEEN]
     cells += [(False, *cell) for cell in UNSEEN]
+    if arguments.large:
+        cells = [(False, *cell) for cell in LARGE]
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         data = pathlib.Path(scratch) / "texts.jsonl"
@@ -167,10 +180,11 @@ def main():
         ):
             if name not in (arguments.only or found):
                 continue
-            path = write_model(name, found[name])
+            stored = "bfloat16" if arguments.large else "float32"
+            path = write_model(name, found[name], stored)
             result = {"backend": backend, "model": name, "settings": settings}
             result |= {"seen": seen}
-            result |= measure(backend, path, found[name], data, settings)
+            result |= measure(backend, path, found[name], stored, data, settings)
             results.append(result)
             print(_line(result), flush=True)
             if arguments.json:
