@@ -71,6 +71,7 @@ def models():
 
 
 _ALL, _NARROW = {"lora_targets": ["all-linear"]}, {"dtype": "bfloat16"}
+_REMAT = {"remat": True}
 # Model, settings: `seen` are those that the planner's figures were fitted to.
 SEEN = [
     ("few", {"batch_size": 1, "sequence_length": 32}),
@@ -94,6 +95,7 @@ UNSEEN = [
     ("gemma3", {"batch_size": 3, "sequence_length": 256, "quantize": "int8"}),
     ("few", _NARROW | {"batch_size": 2, "sequence_length": 768, "lora_rank": 32}),
     ("few", _NARROW | {"batch_size": 4, "sequence_length": 256, "quantize": "int4"}),
+    ("few", _REMAT | {"batch_size": 2, "sequence_length": 1024, "quantize": "int4"}),
     ("wide", _ALL | {"batch_size": 2, "sequence_length": 512}),
 ]
 # What is to fit in 12 GB.
@@ -101,7 +103,8 @@ LARGE = [
     (
         "7b",
         _NARROW
-        | {"batch_size": 1, "sequence_length": 1024, "remat": True, "quantize": "int4"},
+        | _REMAT
+        | {"batch_size": 1, "sequence_length": 1024, "quantize": "int4"},
     ),
 ]
 
