@@ -204,7 +204,7 @@ class Scorer:
     def _against_head(self, rows, labels):
         logits = ops.cast(self._backbone.logits(rows), "float32")
         chosen = ops.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-        right = ops.cast(ops.argmax(logits, axis=-1), "int32") == labels
+        right = backend.argmax(logits) == labels
         return chosen - ops.logsumexp(logits, axis=-1), right
 
 

@@ -414,7 +414,7 @@ class TokenTrainer(keras.Model):
             x, y, sample_weight, self.preprocessor, batch_rows=rows
         )
         _check_shares(x)
-        backend.keep_memory()
+        backend.keep_memory(before_dataset=True)
         with self._whole_after_failure():
             return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
 
@@ -422,7 +422,7 @@ class TokenTrainer(keras.Model):
         """Logits, as `keras.Model.predict`; inputs as in `fit`."""
         rows = _streamed(kwargs.get("steps"), kwargs.get("batch_size"))
         x, _, _ = data.prepare(x, None, None, self.preprocessor, batch_rows=rows)
-        backend.keep_memory()
+        backend.keep_memory(before_dataset=True)
         with self._whole_after_failure():
             return super().predict(x, **kwargs)
 

@@ -61,6 +61,7 @@ def giving_back_memory():
     do so. Nothing happens where another library than glibc allocates memory.
     """
     token = _gives_back.set(True)
+    _let_tensorflow_set_malloc()
     if NAME == "torch":
         _set_malloc(2**22, 2**17)
     else:
@@ -71,39 +72,47 @@ def giving_back_memory():
         _gives_back.reset(token)
 
 
-def keep_memory():
+def keep_memory(before_dataset=False):
     """Has up to 256 MiB of what is freed on a CPU stay with the process.
 
     Memory that comes from the system comes page by page, which takes a fifth of the
     time of reading a prompt on torch. Nothing happens within `giving_back_memory`, as
     when a training run makes samples.
+
+    Args:
+        before_dataset: whether Keras will make a dataset of what is computed next.
     """
-    if not _gives_back.get():
-        _set_malloc(2**26 if NAME == "torch" else 2**25, 2**28)
+    if _gives_back.get():
+        return
+    if before_dataset:
+        _let_tensorflow_set_malloc()
+    _set_malloc(2**26 if NAME == "torch" else 2**25, 2**28)
 
 
 def _set_malloc(mapped_from, kept):
     if not on_cpu():
         return
-    if "tensorflow" in sys.modules:
-        _use_generator_dataset()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, mapped_from)
         library.mallopt(_M_TRIM_THRESHOLD, kept)
 
 
-@functools.cache
-def _use_generator_dataset():
+def _let_tensorflow_set_malloc():
     """Has TensorFlow change glibc's settings now, and not after us.
 
     With the first dataset of a Python generator, which Keras' `fit` makes, it has glibc
     map whatever has 128 KiB or more anew each time. XLA's steps take half as long again
     for it: a million faults of pages.
     """
-    data = sys.modules["tensorflow"].data
-    signature = sys.modules["tensorflow"].TensorSpec((), "int32")
-    list(data.Dataset.from_generator(lambda: [0], output_signature=signature))
+    if on_cpu() and "tensorflow" in sys.modules:
+        _use_generator_dataset(sys.modules["tensorflow"])
+
+
+@functools.cache
+def _use_generator_dataset(tensorflow):
+    spec = tensorflow.TensorSpec((), "int32")
+    list(tensorflow.data.Dataset.from_generator(lambda: [0], output_signature=spec))
 
 
 def device_memory():

@@ -11,7 +11,9 @@ from gemma_keras.backend.gradients import with_gradient
 from gemma_keras.backend.library import NAME, jax, jnp, tf, torch
 from gemma_keras.backend.running import in_program
 from gemma_keras.backend.torch_products import (
+    FEW_ROWS,
     differentiable,
+    equal_parts,
     matmul_few_rows,
     matmul_widened,
     onednn_is_faster,
@@ -86,8 +88,8 @@ def _xla_is_slow_with_one_row(x):
     )
 
 
-# What it pays to divide: kernels that no cache holds, for as many rows as decode.
-_DIVIDED_FROM, _FEW_ROWS = 2**19, 16
+# From so many numbers on it pays XLA to divide a kernel: no cache holds it.
+_DIVIDED_FROM = 2**19
 
 
 def _parts_for_xla(x, kernel, transposed):
@@ -99,16 +101,14 @@ def _parts_for_xla(x, kernel, transposed):
     rows = x.shape[:-1]
     if NAME == "torch" or not in_program.get() or None in rows:
         return 1
-    if math.prod(rows) > _FEW_ROWS or math.prod(kernel.shape) < _DIVIDED_FROM:
+    if math.prod(rows) > FEW_ROWS or math.prod(kernel.shape) < _DIVIDED_FROM:
         return 1
     narrow = keras.backend.standardize_dtype(x.dtype) != "float32"
     if narrow or not on_cpu() or keras.distribution.distribution() is not None:
         return 1
     if not transposed and math.prod(rows) > 1:
         return 1
-    # A power of two, several for each core. A part has 128 of what is divided.
-    most = min(2 * (os.cpu_count() or 1), kernel.shape[0] // 128)
-    return math.gcd(kernel.shape[0], 2 ** (most.bit_length() - 1) if most else 1)
+    return equal_parts(kernel.shape[0], 2 * (os.cpu_count() or 1))
 
 
 def _matmul_in_parts(x, kernel, transposed, parts):

@@ -6,6 +6,9 @@ import math
 from gemma_keras.backend.library import NAME, torch
 from gemma_keras.backend.running import in_program
 
+# Up to so many rows are few: those that decode together.
+FEW_ROWS = 16
+
 
 def torch_attention_serves(query):
     """Whether `torch_attention` is faster than single operations, for few queries."""
@@ -67,7 +70,7 @@ def matmul_widened(x, kernel):
 
 def _widened_parts(rows, kernel):
     """Slices of the kernel's columns."""
-    most = _WIDENED_FEW if len(rows) <= 16 else _WIDENED_MANY
+    most = _WIDENED_FEW if len(rows) <= FEW_ROWS else _WIDENED_MANY
     step = max(1, most // (4 * kernel.shape[0]))
     return [slice(i, i + step) for i in range(0, kernel.shape[1], step)]
 
@@ -170,7 +173,7 @@ def torch_would_use_one_core(x):
         and in_program.get()
         and x.dtype == torch.float32
         and x.device.type == "cpu"
-        and x.numel() <= 16 * x.shape[-1]
+        and x.numel() <= FEW_ROWS * x.shape[-1]
     )
 
 
@@ -184,22 +187,22 @@ def matmul_few_rows(x, kernel, transposed):
     count = rows.shape[0]
     if transposed:
         outputs, inputs = kernel.shape
-        parts = _parts(outputs, _TABLE_PARTS)
+        parts = equal_parts(outputs, _TABLE_PARTS)
         batch = kernel.view(parts, outputs // parts, inputs)
         product = torch.bmm(batch, rows.T.expand(parts, -1, -1))
         # In order, since what reads a row of logits next would go astray otherwise.
         product = product.reshape(outputs, count).T.contiguous()
     else:
         inputs, outputs = kernel.shape
-        parts = _parts(outputs, torch.get_num_threads())
+        parts = equal_parts(outputs, torch.get_num_threads())
         batch = kernel.view(inputs, parts, outputs // parts).transpose(0, 1)
         product = torch.bmm(rows.expand(parts, -1, -1), batch).transpose(0, 1)
     return product.reshape(*x.shape[:-1], -1)
 
 
-def _parts(outputs, most):
+def equal_parts(size, most):
     """Up to so many equal parts of at least 128."""
-    parts = max(1, min(most, outputs // 128))
-    while outputs % parts:
+    parts = max(1, min(most, size // 128))
+    while size % parts:
         parts -= 1
     return parts

@@ -93,6 +93,11 @@ def test_restored_in_runs_they_are_the_same(floats, small_runs):
     np.testing.assert_allclose(logits(lm), logits(twin), rtol=1e-5, atol=1e-5)
 
 
+tells_buffers = pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="JAX alone tells XLA's buffers"
+)
+
+
 def buffers_of_gradient(rows):
     """Bytes of XLA's own that the gradient of 12 layers takes, for `rows` of 256."""
     import jax
@@ -118,17 +123,13 @@ def buffers_of_gradient(rows):
     return program.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.skipif(
-    keras.backend.backend() != "jax", reason="JAX alone tells XLA's buffers"
-)
+@tells_buffers
 def test_xla_keeps_no_restored_matrix_for_the_backward_pass():
     # A restored matrix takes 0.26 MB, what tanh keeps 0.2 MB in all.
     assert buffers_of_gradient(16) < 4 * 256 * 256 * 4
 
 
-@pytest.mark.skipif(
-    keras.backend.backend() != "jax", reason="JAX alone tells XLA's buffers"
-)
+@tells_buffers
 def test_xla_begins_no_loop_over_a_matrix_early(monkeypatch):
     monkeypatch.setattr(packed, "MANY_BYTES", 4 * 256 * 64)
     # What tanh keeps, and a few more of the same size.
