@@ -103,7 +103,7 @@ def soft_cap(x, cap):
     return x if cap is None else cap * ops.tanh(x / cap)
 
 
-def attend(query, key, value, mask, config, used=None):
+def attend(query, key, value, mask, config, used=None, token=None):
     """Softmax attention with K key heads, each shared by G query heads.
 
     Args:
@@ -115,6 +115,7 @@ def attend(query, key, value, mask, config, used=None):
         config: a `GemmaConfig`, for the head counts, the scale and the soft cap.
         used: how many keys of the first of two parts there are; what comes after them
             is hidden by the mask, and need not be looked at. None: perhaps all.
+        token: which of the mask's T tokens the one query is of, if there is one.
 
     Returns:
         [B, T, N * H], in the dtype of `value`, or of `query` beside `Codes`.
@@ -122,9 +123,20 @@ def attend(query, key, value, mask, config, used=None):
     parts = key, value, mask
     if not isinstance(mask, tuple):
         parts = (key,), (value,), (mask,)
+    if token is not None:
+        seen = [_seen_by(token, *part) for part in zip(*parts, strict=True)]
+        return _attend(query, *zip(*seen, strict=True), config)
     if isinstance(parts[2][0], Blocks):
         return _attend_in_blocks(query, *(part[0] for part in parts), config)
     return _attend(query, *parts, config, used)
+
+
+def _seen_by(token, key, value, mask):
+    """Keys and values that one token may see, and its row of their mask."""
+    if isinstance(mask, Blocks):
+        start, stop, mask = next(block for block in mask if token < block.stop)
+        key, value, token = _first(key, stop), _first(value, stop), token - start
+    return key, value, backend.read_slots(mask, token, axis=1)
 
 
 def _attend_in_blocks(query, key, value, blocks, config):

@@ -32,7 +32,12 @@ from gemma_keras.config import GemmaConfig
 from gemma_keras.distribution import layout_map
 from gemma_keras.geglu import geglu
 from gemma_keras.packed import Quantizable, packed_init
-from gemma_keras.projection import Projection, TokenEmbedding, project_together
+from gemma_keras.projection import (
+    Projection,
+    TokenEmbedding,
+    project_gated,
+    project_together,
+)
 from gemma_keras.quantization import Packing
 
 
@@ -104,23 +109,30 @@ class Attention(keras.layers.Layer):
             self.key_norm.build((config.head_dim,))
         self.attention_output.build((config.num_query_heads * config.head_dim,))
 
-    def call(self, x, table, mask, cache=None, noise=None):
+    def call(self, x, table, mask, cache=None, noise=None, last=None):
         config = self.config
-        heads = (-1, x.shape[1], config.num_query_heads, config.head_dim)
+        heads = (config.num_query_heads, config.head_dim)
         kv_heads = (-1, x.shape[1], config.num_kv_heads, config.head_dim)
-        query, key, value = project_together(
-            [self.query, self.key, self.value], x, noise
-        )
-        query = ops.reshape(query, heads)
+        if last is None:
+            query, key, value = project_together(
+                [self.query, self.key, self.value], x, noise
+            )
+        else:
+            query = self.query(backend.read_slots(x, last, axis=1), noise)
+            key, value = project_together([self.key, self.value], x, noise)
+        query = ops.reshape(query, (-1, query.shape[1], *heads))
         key, value = ops.reshape(key, kv_heads), ops.reshape(value, kv_heads)
         if config.use_qk_norm:
             query, key = self.query_norm.call(query), self.key_norm.call(key)
-        query, key = rotate(query, table), rotate(key, table)
+        key = rotate(key, table)
+        if last is not None:
+            table = [backend.read_slots(part, last, axis=1) for part in table]
+        query = rotate(query, table)
         key, value = ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
         if cache is not None:
             key, value = cache.seen(key, value)
         used = None if cache is None else cache.used
-        mixed = attend(query, key, value, mask, config, used)
+        mixed = attend(query, key, value, mask, config, used, last)
         if cache is not None:
             cache.store(mixed)
         return self.attention_output(mixed, noise)
@@ -155,16 +167,18 @@ class DecoderBlock(keras.layers.Layer):
             self.post_attention_norm.build(input_shape)
             self.post_ffw_norm.build(input_shape)
 
-    def call(self, x, table, attention_mask, cache=None, noise=None):
-        """`x` [B, T, D] after this block.
+    def call(self, x, table, attention_mask, cache=None, noise=None, last=None):
+        """`x` [B, T, D] after this block, or [B, 1, D] of its token `last` alone.
 
         `cache` is this layer's `LayerCache`, `noise` what dropout in adapters draws on.
         """
         # Layers of this file are entered through `call`: they cast by themselves, and
         # what Keras does around it costs torch more than the arithmetic.
         mixed = self.attention.call(
-            self.pre_attention_norm.call(x), table, attention_mask, cache, noise
+            self.pre_attention_norm.call(x), table, attention_mask, cache, noise, last
         )
+        if last is not None:
+            x = backend.read_slots(x, last, axis=1)
         if self.config.use_post_norms:
             mixed = self.post_attention_norm.call(mixed)
         x = x + ops.cast(mixed, x.dtype)
@@ -186,11 +200,12 @@ class DecoderBlock(keras.layers.Layer):
 
     def feed_forward(self, x, residual_dtype, noise=None):
         """Down-project GELU(gate) * up."""
-        gate, up = project_together([self.ffw_gating, self.ffw_gating_2], x, noise)
+        projections = self.ffw_gating, self.ffw_gating_2
         if self.compute_dtype != "float16":
-            return self.ffw_linear(geglu(gate, up), noise)
+            return self.ffw_linear(project_gated(*projections, x, noise), noise)
         # The product, and the sum over F, pass 65504 on real Gemmas. Scale each token
         # down to fit and back up in the residual's float32: rounding is unchanged.
+        gate, up = project_together(projections, x, noise)
         gate, up = ops.cast(gate, "float32"), ops.cast(up, "float32")
         product = geglu(gate, up)
         peak = ops.max(ops.abs(product), axis=-1, keepdims=True)
@@ -252,7 +267,9 @@ class GemmaBackbone(Adaptable, Quantizable, keras.Model):
             return super().__call__(inputs, **kwargs)
         return self.call(inputs, cache=cache, **kwargs)
 
-    def call(self, inputs, cache=None, layer_intercept_fn=None, training=None):
+    def call(
+        self, inputs, cache=None, layer_intercept_fn=None, training=None, last=None
+    ):
         """Run every layer.
 
         Args:
@@ -268,10 +285,12 @@ class GemmaBackbone(Adaptable, Quantizable, keras.Model):
             layer_intercept_fn: optional `fn(x, i)` that may replace the embeddings
                 (i = -1) and the output of each block (i = 0, 1, ...).
             training: whether adapters with dropout drop anything.
+            last: beside a cache, the one of the T tokens whose hidden states are
+                wanted. The last block computes keys and values of the others alone.
 
         Returns:
-            Hidden states [B, T, D] in the compute dtype, and the new cache with them
-            if one was given.
+            Hidden states [B, T, D], or [B, 1, D], in the compute dtype, and the new
+            cache with them if one was given.
         """
         x = self.embed(inputs, layer_intercept_fn)
         positions, masks, step = self._positions_and_masks(inputs, x.shape[1], cache)
@@ -282,7 +301,10 @@ class GemmaBackbone(Adaptable, Quantizable, keras.Model):
             if step is None:
                 x = self._train_block(block, x, tables[kind], masks[kind], noise)
             else:
-                x = block.call(x, tables[kind], masks[kind], cache=step.layers[i])
+                one = last if i + 1 == len(self.blocks) and x.shape[1] > 1 else None
+                x = block.call(
+                    x, tables[kind], masks[kind], cache=step.layers[i], last=one
+                )
             if layer_intercept_fn is not None:
                 x = layer_intercept_fn(x, i)
         x = self.final_normalization.call(x)

@@ -410,8 +410,8 @@ class Engine:
 
     def _read_part(self, cache, inputs, last):
         """The cache after some columns, and hidden states [B, D] of the `last`."""
-        hidden, cache = self.backbone(inputs, cache=cache)
-        return cache, backend.read_slots(hidden, last, axis=1)[:, 0]
+        hidden, cache = self.backbone(inputs, cache=cache, last=last)
+        return cache, hidden[:, 0]
 
     def decode(self, features, state, limit, *plan):
         """The state when every row is done or has been given `limit` tokens."""

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from gemma_keras import backend
+from gemma_keras.geglu import geglu
 from gemma_keras.lora import Adapted
 from gemma_keras.packed import Packable, PackedStart, products_together
 from gemma_keras.quantization import pack
@@ -102,6 +103,16 @@ def project_together(projections, inputs, noise=None):
         projection._updated(product, inputs, noise)
         for projection, product in zip(projections, products, strict=True)
     ]
+
+
+def project_gated(gating, up, inputs, noise=None):
+    """GELU of what one `Projection` makes of `inputs`, times what another does."""
+    bare = gating.packed is None and gating.watch is None
+    if bare and not gating.active_factors():
+        kernel = gating.kernel
+        if backend.makes_gelu(inputs, kernel):
+            return backend.matmul_gelu(inputs, kernel) * up(inputs, noise)
+    return geglu(*project_together([gating, up], inputs, noise))
 
 
 class TokenEmbedding(Adapted, Packable, keras.layers.ReversibleEmbedding):

@@ -39,7 +39,9 @@ from gemma_keras.backend.packed_products import (
 )
 from gemma_keras.backend.products import (
     batch_matmul,
+    makes_gelu,
     matmul,
+    matmul_gelu,
     matmul_of_few,
     row_products,
 )

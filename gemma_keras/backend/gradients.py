@@ -74,7 +74,9 @@ def not_before(value, x):
         return value
     # It does not know that this is true, since a float may be NaN.
     corner = ops.reshape(x, (-1,))[0]
-    return ops.where(corner == corner, value, ops.zeros_like(value))
+    # One zero, and not as many as numbers: TensorFlow would write them out, several
+    # times for each value, before it gives its program to XLA.
+    return ops.where(corner == corner, value, ops.zeros((), value.dtype))
 
 
 def _in_graph(x):

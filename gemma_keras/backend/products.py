@@ -16,6 +16,8 @@ from gemma_keras.backend.torch_products import (
     equal_parts,
     matmul_few_rows,
     matmul_widened,
+    onednn_batches,
+    onednn_has_batches,
     onednn_is_faster,
     onednn_product,
     torch_is_slow_in,
@@ -47,6 +49,18 @@ def matmul(x, kernel, transposed=False):
         rows = jnp.broadcast_to(jnp.reshape(x, (1, -1)), (2, x.shape[-1]))
         return jnp.reshape(jnp.matmul(rows, kernel)[:1], (*x.shape[:-1], -1))
     return ops.matmul(x, kernel)
+
+
+def makes_gelu(x, kernel):
+    """Whether there is `matmul_gelu`, which takes no more time than the product."""
+    return in_program.get() and onednn_is_faster(x, kernel, False)
+
+
+def matmul_gelu(x, kernel):
+    """GELU, in its tanh form, of `matmul(x, kernel)`, without a gradient."""
+    rows, kernel = x.reshape(-1, x.shape[-1]), ops.cast(kernel, x.dtype)
+    made = onednn_product(rows, kernel, gelu=True)
+    return made.reshape(*x.shape[:-1], -1)
 
 
 def matmul_of_few(x, kernel):
@@ -175,6 +189,8 @@ def batch_matmul(x, y):
     """
     if torch_is_slow_in(x):
         return torch.matmul(x.float(), y.float()).to(x.dtype)
+    if onednn_has_batches(x, y):
+        return onednn_batches(x, y)
     return ops.matmul(x, y)
 
 

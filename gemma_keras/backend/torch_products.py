@@ -140,26 +140,52 @@ def _has_onednn():
     )
 
 
-def onednn_product(rows, kernel):
-    """`rows` [C, D] times `kernel` [D, F] by oneDNN."""
+def onednn_product(rows, kernel, gelu=False):
+    """`rows` [C, D] times `kernel` [D, F] by oneDNN; with GELU, in its tanh form."""
+    kind, form = ("gelu", "tanh") if gelu else ("none", "")
     if torch.jit.is_tracing():
-        return _onednn_recorded()(rows, kernel.T)
+        return _onednn_recorded(kind, form)(rows, kernel.T)
     multiply = torch.ops.mkldnn._linear_pointwise
-    return multiply(rows, kernel.T, None, "none", [], "")
+    return multiply(rows, kernel.T, None, kind, [], form)
 
 
 @functools.cache
-def _onednn_recorded():
+def _onednn_recorded(kind, form):
     """The same product as a graph: its empty list is nothing that can be recorded."""
-    graph = torch._C.parse_ir("""
+    graph = torch._C.parse_ir(f"""
         graph(%x : Tensor, %matrix : Tensor):
           %none : NoneType = prim::Constant()
-          %kind : str = prim::Constant[value="none"]()
+          %kind : str = prim::Constant[value="{kind}"]()
+          %form : str = prim::Constant[value="{form}"]()
           %numbers : Scalar?[] = prim::ListConstruct()
           %product : Tensor = mkldnn::_linear_pointwise(
-              %x, %matrix, %none, %kind, %numbers, %none)
+              %x, %matrix, %none, %kind, %numbers, %form)
           return (%product)""")
     return torch._C._create_function_from_graph("product", graph)
+
+
+def onednn_has_batches(x, y):
+    """Whether oneDNN multiplies `x` [..., T, D] with `y` [..., D, S] faster than MKL.
+
+    That is, in float32 and with many rows: it is called for one matrix at a time.
+    """
+    return (
+        NAME == "torch"
+        and x.dtype == y.dtype == torch.float32
+        and x.device.type == "cpu"
+        and _has_onednn()
+        and min(*x.shape[-2:], y.shape[-1]) >= 64
+        and x.shape[:-2] == y.shape[:-2]
+    )
+
+
+def onednn_batches(x, y):
+    """`x` [..., T, D] times `y` [..., D, S], without a gradient."""
+    first, second = (z.reshape(-1, *z.shape[-2:]) for z in (x, y))
+    pairs = zip(first.unbind(), second.unbind(), strict=True)
+    made = [onednn_product(*pair) for pair in pairs]
+    product = made[0][None] if len(made) == 1 else torch.stack(made)
+    return product.view(*x.shape[:-1], y.shape[-1])
 
 
 def torch_would_use_one_core(x):

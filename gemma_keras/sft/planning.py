@@ -18,6 +18,7 @@ from gemma_keras import backend, registry
 from gemma_keras.loading import open_source
 from gemma_keras.lora_config import EMBEDDING, LoraConfig, layer_shapes
 from gemma_keras.loss import chunk_sizes
+from gemma_keras.packed import MANY_BYTES
 from gemma_keras.quantization import MODES, Quantization
 from gemma_keras.registry import DTYPE_BYTES
 
@@ -34,6 +35,7 @@ class Program:
         compiled: bytes that compiling takes and leaves.
         of_layer: the same for each layer.
         of_variable: the same for each variable that is trained.
+        of_packed: the same for each matrix in few bits that is restored by parts.
         xla: whether XLA decides what is kept: the terms of a sum in its place, where
             several operations begin with the sum; and, on a CPU, float32 in place of
             narrower floats.
@@ -46,6 +48,7 @@ class Program:
     compiled: float
     of_layer: float = 0.0
     of_variable: float = 0.0
+    of_packed: float = 0.0
     xla: bool
     kept: float = 1.0
     snapshots: bool
@@ -71,6 +74,7 @@ PROGRAMS = {
         compiled=0.45e9,
         of_layer=30e6,
         of_variable=3.5e6,
+        of_packed=25e6,
         xla=True,
         snapshots=True,
         heads=2,
@@ -242,7 +246,10 @@ class _Step:
         """What a compiled step takes on a CPU."""
         program = self.program
         layers = program.of_layer * self.model.num_layers
-        return program.compiled + layers + program.of_variable * self._variables()
+        variables = program.of_variable * self._variables()
+        shapes = layer_shapes(self.model)
+        parted = sum(4 * math.prod(shapes[path]) > MANY_BYTES for path in self.packings)
+        return program.compiled + layers + variables + program.of_packed * parted
 
     def _variables(self):
         """How many variables are trained."""

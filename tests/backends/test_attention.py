@@ -112,6 +112,12 @@ def test_long_rows_are_attended_in_blocks_to_the_same_effect(window):
 
     for one, other in zip(found(blocks), found(whole), strict=True):
         assert relative(one, other) < 1e-5
+    query, *rest = (ops.convert_to_tensor(x, "float32") for x in arrays)
+    every = numpy(attend(query, *rest, whole, config_of()))
+    for mask in (whole, blocks):
+        for t in (0, 127, 128, 289):
+            one = attend(query[:, t : t + 1], *rest, mask, config_of(), token=t)
+            assert relative(numpy(one)[:, 0], every[:, t]) < 1e-5, t
 
 
 @pytest.mark.parametrize("cap", [None, 1.5], ids=["plain", "capped"])

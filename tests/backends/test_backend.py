@@ -5,6 +5,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import warnings
 import weakref
 
 import keras
@@ -91,6 +92,78 @@ def test_products_and_their_slopes_are_numpys_by_every_kernel(
         np.testing.assert_allclose(slopes[0], expected[1], atol=1e-4)
         of_kernel = slopes[1].T if transposed else slopes[1]
         np.testing.assert_allclose(of_kernel, expected_of_kernel, atol=1e-4)
+
+
+by_onednn = pytest.mark.skipif(
+    backend.NAME != "torch" or not backend.on_cpu(), reason="oneDNN, through torch"
+)
+
+
+@by_onednn
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_product_comes_with_gelu(recorded, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(backend.torch_products, "_has_onednn", lambda: True)
+    rng = np.random.default_rng(5)
+    x, kernel = rng.normal(size=(2, 3, 96)), rng.normal(size=(96, 80)) / 4
+    x, kernel = (torch.as_tensor(v, dtype=torch.float32) for v in (x, kernel))
+    assert not backend.makes_gelu(x, kernel)  # somebody may ask for the gradient
+    found = []
+
+    def multiply(x):
+        assert backend.makes_gelu(x, kernel)
+        return backend.matmul_gelu(x, kernel)
+
+    def run(x):
+        call = multiply
+        if recorded:
+            with warnings.catch_warnings(action="ignore"):  # torch gives it up
+                # With other numbers than those that it is called with.
+                call = torch.jit.trace(multiply, x.flip(0))
+        found.append(call(x))
+        return found[-1]
+
+    backend.Program(run, [])(x)
+    z = x.double() @ kernel.double()
+    expected = torch.nn.functional.gelu(z, approximate="tanh")
+    np.testing.assert_allclose(found[0].numpy(), expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("pairs", [(1, 1), (2, 3)])
+def test_products_of_many_rows_are_numpys_by_every_kernel(pairs, monkeypatch):
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(*pairs, 70, 96)).astype("float32")
+    # As keys are read: the first of a buffer that holds more.
+    buffer = rng.normal(size=(*pairs, 128, 96)).astype("float32")
+    expected = x @ np.swapaxes(buffer[:, :, :80], 2, 3)
+    for onednn in (False, True) if backend.NAME == "torch" else (False,):
+        monkeypatch.setattr(
+            backend.torch_products, "_has_onednn", lambda onednn=onednn: onednn
+        )
+        query, held = (keras.ops.convert_to_tensor(v) for v in (x, buffer))
+        rows = backend.row_products(query, held[:, :, :80])
+        np.testing.assert_allclose(backend.to_numpy(rows), expected, atol=1e-4)
+        mixed = backend.batch_matmul(rows, held[:, :, :80])
+        np.testing.assert_allclose(
+            backend.to_numpy(mixed), expected @ buffer[:, :, :80], rtol=1e-4, atol=1e-2
+        )
+
+
+@pytest.mark.skipif(backend.NAME != "tensorflow", reason="TensorFlow's constants")
+def test_what_waits_adds_nothing_of_its_size_but_itself():
+    """What does not depend on numbers, TensorFlow would write out for XLA."""
+    import tensorflow as tf
+
+    given = tf.ones((300, 700)), tf.ones(3)
+    graph = tf.function(backend.not_before).get_concrete_function(*given).graph
+    large = [
+        operation.type
+        for operation in graph.get_operations()
+        for output in operation.outputs
+        if output.shape.num_elements() == 300 * 700
+    ]
+    assert sorted(set(large)) == ["Identity", "Placeholder", "SelectV2"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from gemma_keras import backend
 from gemma_keras.cache import make_cache
 from gemma_keras.generation import Engine, make_plan
 from gemma_keras.samplers import GreedySampler
@@ -69,8 +70,9 @@ def test_decoding_token_by_token_past_the_window(twin, golden, prefill):
         assert_close(logits, golden["logits"][:, t : t + 1], f"token {t}")
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["all", "last-alone"])
 @pytest.mark.parametrize("split", [(9, 3, 11)])
-def test_reading_in_runs_of_several_tokens(twin, golden, split):
+def test_reading_in_runs_of_several_tokens(twin, golden, split, alone):
     backbone, ids = twin.backbone, golden["token_ids"]
     cache = make_cache(twin.config, len(ids), ids.shape[1] + 8, "float32")
     start = 0
@@ -81,9 +83,11 @@ def test_reading_in_runs_of_several_tokens(twin, golden, split):
         mask = np.arange(size + padding)[None] < [[size]] * len(ids)
         inputs = {"token_ids": run, "padding_mask": mask}
         inputs["positions"] = np.tile(start + np.arange(size + padding), (len(ids), 1))
-        hidden, cache = backbone(inputs, cache=cache)
-        expected = golden["logits"][:, start : start + size]
-        assert_close(backbone.logits(hidden[:, :size]), expected, f"run at {start}")
+        last = backend.counter(size - 1) if alone else None
+        hidden, cache = backbone(inputs, cache=cache, last=last)
+        expected = golden["logits"][:, start : start + size][:, -1 if alone else 0 :]
+        hidden = hidden if alone else hidden[:, :size]
+        assert_close(backbone.logits(hidden), expected, f"run at {start}")
         start += size
 
 

@@ -131,7 +131,10 @@ def test_what_does_not_fit_shrinks_by_what_learns_the_same_first():
     assert rows == RunConfig.batch_size
     assert "quantize" not in changes
     assert "sequence_length" not in changes
-    _, _, proposals = plan(5.8e9)
+    least = {"remat": True, "batch_size": 1, "accumulation": RunConfig.batch_size}
+    coded = plan(1e15, quantize="int8", **least)[0].total
+    assert coded < plan(1e15, **least)[0].total
+    _, _, proposals = plan(coded)
     assert proposals[0][0]["quantize"] == "int8"
     assert plan(0.5e9)[2] == []
     # Rows so short that a quarter of one would be none.
