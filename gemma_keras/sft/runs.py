@@ -1,6 +1,7 @@
 """One run of fine-tuning, from a config to an adapter and a report."""
 
 import contextlib
+import errno
 import json
 import math
 import pathlib
@@ -241,11 +242,24 @@ class _Run:
             except callbacks.DivergenceError as error:
                 told = f"{error}\n{self._what_is_left()}"
                 raise callbacks.DivergenceError(told) from error
+            except OSError as error:
+                # Checkpoints explain it themselves.
+                if error.errno != errno.ENOSPC or error.strerror is None:
+                    raise
+                told = f"The disk of {self.folder.path} is full. {self._how_to_go_on()}"
+                raise OSError(told) from error
             finally:
                 for callback in self.callbacks:
                     callback.close()
         finished = self.checkpoints.saved == steps.total
         return None if finished else stopper.signal
+
+    def _how_to_go_on(self):
+        saved = self.checkpoints.saved
+        kept = "There is no checkpoint yet."
+        if saved is not None:
+            kept = f"The checkpoint of step {saved:,} is kept."
+        return f"{kept} Make room and run the same command again."
 
     def _what_is_left(self):
         """What a run that failed has to go on from, and what is allowed then."""

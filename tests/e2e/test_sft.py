@@ -55,6 +55,28 @@ def die(path, parts):
     return write(path, parts)
 snapshots._write_bytes = die
 """
+# No room any more, in a line of metrics.csv and within a checkpoint.
+FULL_IN_A_ROW = """
+import errno
+from gemma_keras.sft import callbacks
+write = callbacks.MetricsFile.on_step_end
+def fill(self, logs):
+    if self.step == 5:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write(self, logs)
+callbacks.MetricsFile.on_step_end = fill
+"""
+FULL_IN_A_CHECKPOINT = """
+import errno
+from gemma_keras.sft import snapshots
+write = snapshots._write_bytes
+def fill(path, parts):
+    if "00000006" in path.parent.name:
+        write(path, list(parts)[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return write(path, parts)
+snapshots._write_bytes = fill
+"""
 # Validation losses that are best after step 2, and a process that is killed where the
 # variable DIE_IN says.
 BEST_AFTER_2 = """
@@ -134,6 +156,7 @@ def whole(random_preset, tmp_path_factory):
     held_out.write_text("".join(LESSONS.read_text().splitlines(keepends=True)[:7]))
     more = {"sample_prompts": ["Who are you?"], "sample_tokens": 4}
     more |= {"validation": str(held_out), "exact_match": 3}
+    more["tensorboard"] = importlib.util.find_spec("tensorboard") is not None
     assert run(RunConfig(**options(random_preset, out, **more))) is None
     return out
 
@@ -168,6 +191,32 @@ def test_a_run_leaves_what_was_promised(whole, capsys):
     assert info["versions"]["keras"] == keras.__version__
     assert RunConfig.read(whole / "config.yaml").lora_dropout == 0.1
     assert (whole / "adapter" / "adapter_config.json").is_file()
+
+
+def test_a_run_draws_its_curves_for_tensorboard(whole):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing import event_accumulator
+
+    read = event_accumulator.EventAccumulator(str(whole / "tensorboard"))
+    read.Reload()
+    points = [(event.step, event.value) for event in read.Scalars("loss")]
+    expected = [float(loss) for loss in column(whole, "loss")]
+    assert [step for step, _ in points] == list(range(1, len(expected) + 1))
+    assert [value for _, value in points] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("code", [FULL_IN_A_ROW, FULL_IN_A_CHECKPOINT])
+def test_a_full_disk_is_told_and_the_run_goes_on_from_its_last_checkpoint(
+    whole, random_preset, tmp_path, code
+):
+    out = tmp_path / "out"
+    config = write_yaml(tmp_path / "run.yaml", options(random_preset, out))
+    full = start(config, code=code)
+    assert full.returncode == 1
+    for words in ("full", "step 3", "Make room and run the same command again"):
+        assert words in full.stderr.replace("\n", " "), full.stderr
+    assert start(config).returncode == 0
+    assert column(out, "loss") == column(whole, "loss")
 
 
 def test_eval_finds_the_perplexity_that_the_run_has_found(whole, random_preset):
@@ -335,7 +384,7 @@ def test_a_run_that_stops_early_returns_to_its_best_weights(random_preset, tmp_p
 
 @pytest.mark.reference
 def test_a_run_goes_on_on_another_backend(random_preset, tmp_path, backend):
-    others = {"jax": "torch", "torch": "jax", "tensorflow": "torch"}
+    others = {"jax": "tensorflow", "torch": "jax", "tensorflow": "torch"}
     if importlib.util.find_spec(others[backend]) is None:
         pytest.skip("no other backend is installed")
     given = options(random_preset, tmp_path / "whole", lora_dropout=0.0, keep=9)
