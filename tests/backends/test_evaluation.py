@@ -185,21 +185,38 @@ def test_a_local_task_of_the_harness(lm, tmp_path):
     rows = [{"q": "The cat", "choices": ["sat", "345"], "gold": i} for i in (0, 1)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "local.yaml").write_text(
-        f"task: local\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\n"
-        "doc_to_text: '{{q}}'\ndoc_to_choice: '{{choices}}'\n"
-        "doc_to_target: '{{gold}}'\nmetric_list: [{metric: acc}]\n"
-    )
+    answer = lm.generate("The cat", max_new_tokens=3, strip_prompt=True)
+    kinds = {
+        "local": "output_type: multiple_choice\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_text: '{{q}}'\ndoc_to_target: '{{gold}}'\n"
+        "metric_list: [{metric: acc}]\n",
+        "rolling": "output_type: loglikelihood_rolling\n"
+        "doc_to_text: ''\ndoc_to_target: '{{q}}'\n"
+        "metric_list: [{metric: byte_perplexity}]\n",
+        "until": "output_type: generate_until\n"
+        f"doc_to_text: '{{{{q}}}}'\ndoc_to_target: {json.dumps(answer)}\n"
+        "generation_kwargs: {until: ['never'], max_gen_toks: 3}\n"
+        "metric_list: [{metric: exact_match}]\n",
+    }
+    for name, kind in kinds.items():
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\n"
+            f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+            f"test_split: test\n{kind}"
+        )
     found = lm_eval.simple_evaluate(
         model=GemmaLM(lm, batch_size=2, max_length=48),
-        tasks=["local"],
+        tasks=list(kinds),
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         bootstrap_iters=0,
     )
     # Either answer is right once, so that one of the two is found.
     assert found["results"]["local"]["acc,none"] == 0.5
+    whole = lm.preprocessor.tokenizer.encode("The cat", add_bos=True)
+    expected = math.exp(-log_probs(lm, whole).sum() / len("The cat"))
+    perplexity = found["results"]["rolling"]["byte_perplexity,none"]
+    assert perplexity == pytest.approx(expected, rel=1e-4)
+    assert found["results"]["until"]["exact_match,none"] == 1.0
 
 
 def test_an_answer_is_right_to_the_letter_or_not(lm):

@@ -319,6 +319,26 @@ def test_optimizers_leave_norms_to_the_gradient(name):
     np.testing.assert_allclose(ops.convert_to_numpy(kernel), 0.95, rtol=1e-5)
 
 
+def test_weight_decay_spares_the_norms_and_magnitudes_of_a_model():
+    lm = make(num_layers=1)
+    lm.backbone.enable_lora(2)
+    variables = [v for layer in lm._flatten_layers() for v in layer.variables]
+    variables = list({id(v): v for v in variables}.values())
+    magnitude = keras.Variable(np.ones(4), name="lora_magnitude")
+    variables = [*(v for v in variables if "float" in str(v.dtype)), magnitude]
+    for variable in variables:
+        variable.assign(ops.ones(variable.shape))
+    optimizer = make_optimizer("adamw", 0.1, weight_decay=0.5)
+    optimizer.build(variables)
+    optimizer.apply([ops.zeros(v.shape) for v in variables], variables)
+    moved = {v.path: ops.convert_to_numpy(v).min() < 1 for v in variables}
+    spared = {path for path, changed in moved.items() if not changed}
+    assert spared == {
+        path for path in moved if path.endswith(("/scale", "lora_magnitude"))
+    }
+    assert len(spared) > 3
+
+
 # Large ones, so that few steps show what each does.
 RATES = {"adam": 0.1, "adafactor": 10.0, "lion": 0.1, "muon": 0.3, "sgd": 1.0}
 

@@ -149,7 +149,7 @@ def test_a_proposal_is_what_a_run_with_it_takes():
 def test_seven_billion_in_four_bits_fit_into_12_gb():
     settings = {"quantize": "int4", "batch_size": 1, "sequence_length": 1024}
     model = registry.find("gemma_7b_en").config
-    for name in ("jax", "torch"):  # where remat keeps nothing else
+    for name in planning.PROGRAMS:
         config = run(**settings, remat=True)
         assert planning.predict(model, config, "bfloat16", name).total < 12e9
 
