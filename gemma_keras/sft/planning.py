@@ -71,7 +71,7 @@ PROGRAMS = {
     ),
     "tensorflow": Program(
         base=0.80e9,
-        compiled=0.45e9,
+        compiled=0.29e9,
         of_layer=30e6,
         of_variable=3.5e6,
         of_packed=25e6,
