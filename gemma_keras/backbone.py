@@ -295,13 +295,15 @@ class GemmaBackbone(Adaptable, Quantizable, keras.Model):
         x = self.embed(inputs, layer_intercept_fn)
         positions, masks, step = self._positions_and_masks(inputs, x.shape[1], cache)
         tables, noise = self._rotary_tables(positions), self.draw_noise(training)
+        if x.shape[1] == 1:
+            last = None  # it is all there is
         for i, (block, kind) in enumerate(
             zip(self.blocks, self.config.layer_kinds, strict=True)
         ):
             if step is None:
                 x = self._train_block(block, x, tables[kind], masks[kind], noise)
             else:
-                one = last if i + 1 == len(self.blocks) and x.shape[1] > 1 else None
+                one = last if block is self.blocks[-1] else None
                 x = block.call(
                     x, tables[kind], masks[kind], cache=step.layers[i], last=one
                 )

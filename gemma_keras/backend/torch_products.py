@@ -123,11 +123,14 @@ def onednn_is_faster(x, kernel, transposed):
     few rows and with many, but for the few rows that decoding brings to the head
     (measured in tools/bench/LOG.md). Not for LoRA's factors, which are narrow.
     """
-    if NAME != "torch" or x.dtype != torch.float32 or x.device.type != "cpu":
-        return False
-    if not _has_onednn() or min(kernel.shape) < 64:
+    if not _onednn_serves(x) or min(kernel.shape) < 64:
         return False
     return not (transposed and in_program.get() and x.numel() <= 4 * x.shape[-1])
+
+
+def _onednn_serves(x):
+    on_cpu = NAME == "torch" and x.device.type == "cpu"
+    return on_cpu and x.dtype == torch.float32 and _has_onednn()
 
 
 @functools.cache
@@ -170,10 +173,8 @@ def onednn_has_batches(x, y):
     That is, in float32 and with many rows: it is called for one matrix at a time.
     """
     return (
-        NAME == "torch"
-        and x.dtype == y.dtype == torch.float32
-        and x.device.type == "cpu"
-        and _has_onednn()
+        _onednn_serves(x)
+        and x.dtype == y.dtype
         and min(*x.shape[-2:], y.shape[-1]) >= 64
         and x.shape[:-2] == y.shape[:-2]
     )

@@ -1,7 +1,6 @@
 """One run of fine-tuning, from a config to an adapter and a report."""
 
 import contextlib
-import errno
 import json
 import math
 import pathlib
@@ -11,7 +10,7 @@ from gemma_keras import backend, distribution, evaluation, optimizers
 from gemma_keras.causal_lm import GemmaCausalLM
 from gemma_keras.console import loading, say, size
 from gemma_keras.loading import load_preprocessor, open_source
-from gemma_keras.sft import callbacks, state, tensorboard
+from gemma_keras.sft import callbacks, snapshots, state, tensorboard
 from gemma_keras.sft.examples import read_data
 from gemma_keras.sft.folder import CHECKPOINTS, RunFolder, replace, versions
 from gemma_keras.sft.progress import Progress
@@ -243,23 +242,17 @@ class _Run:
                 told = f"{error}\n{self._what_is_left()}"
                 raise callbacks.DivergenceError(told) from error
             except OSError as error:
-                # Checkpoints explain it themselves.
-                if error.errno != errno.ENOSPC or error.strerror is None:
+                # That of a checkpoint is explained already.
+                if not snapshots.tells_of_full_disk(error) or error.strerror is None:
                     raise
-                told = f"The disk of {self.folder.path} is full. {self._how_to_go_on()}"
+                advice = snapshots.how_to_go_on(self.checkpoints.folder)
+                told = f"The disk of {self.folder.path} is full. {advice}"
                 raise OSError(told) from error
             finally:
                 for callback in self.callbacks:
                     callback.close()
         finished = self.checkpoints.saved == steps.total
         return None if finished else stopper.signal
-
-    def _how_to_go_on(self):
-        saved = self.checkpoints.saved
-        kept = "There is no checkpoint yet."
-        if saved is not None:
-            kept = f"The checkpoint of step {saved:,} is kept."
-        return f"{kept} Make room and run the same command again."
 
     def _what_is_left(self):
         """What a run that failed has to go on from, and what is allowed then."""

@@ -88,18 +88,27 @@ def write(folder, step, variables, state):
 
 def _explained(error, folder, step, variables):
     needed = sum(_bytes_of(shape, dtype) for shape, dtype, _ in variables.values())
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    reason = "the disk is full" if full else str(error)
+    reason = "the disk is full" if tells_of_full_disk(error) else str(error)
+    explained = OSError(
+        f"The checkpoint of step {step} ({needed / 1e6:,.1f} MB) cannot be written to "
+        f"{folder}: {reason}. {how_to_go_on(folder)}"
+    )
+    explained.errno = error.errno
+    return explained
+
+
+def tells_of_full_disk(error):
+    """Whether an `OSError` says that there is no room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def how_to_go_on(folder):
+    """What a person is told who has to make room: what `folder` has, and what to do."""
     last = newest(folder, quiet=True)
     kept = "There is no checkpoint yet."
     if last is not None:
         kept = f"The last whole checkpoint is that of step {step_of(last)}."
-    explained = OSError(
-        f"The checkpoint of step {step} ({needed / 1e6:,.1f} MB) cannot be written to "
-        f"{folder}: {reason}. {kept} Make room and run the same command again."
-    )
-    explained.errno = error.errno
-    return explained
+    return f"{kept} Make room and run the same command again."
 
 
 def _bytes_of(shape, dtype):

@@ -180,6 +180,11 @@ def test_adapters_learn_as_beside_the_restored_weights(floats, mode, remat):
             assert difference <= 1e-3 * np.linalg.norm(array), (path, name)
 
 
+def test_gradients_in_runs_are_the_same(floats, small_runs):
+    lm, twin = quantised(floats, MODES["int4"])
+    np.testing.assert_allclose(train(lm)[0], train(twin)[0], rtol=1e-5)
+
+
 def slopes_of_factors(lm, remat):
     """What one step of plain descent takes from each factor, none of which is zero."""
     lm.enable_lora(3, targets=["all-linear", "token_embedding"])
