@@ -2,7 +2,7 @@
 
     python tools/bench/plan.py --json plan.json
     python tools/bench/plan.py --backends torch --only gemma3
-    python tools/bench/plan.py --large      # 17 GB of disk, minutes a step
+    python tools/bench/plan.py --large      # 17 GB of disk meanwhile, minutes a step
 
 Each line is a real run of `gemma-keras sft`, of three steps, in a process of its own,
 on a model of random weights with the genuine tokenizer (`tools/fetch_assets.py`) and on
@@ -176,6 +176,9 @@ def main():
         cells = [(False, *cell) for cell in LARGE]
     results = []
     with tempfile.TemporaryDirectory() as scratch:
+        if arguments.large:
+            # Not to stay in the folder of the others.
+            os.environ["GEMMA_KERAS_BENCH"] = scratch
         data = pathlib.Path(scratch) / "texts.jsonl"
         write_texts(data)
         for (seen, name, settings), backend in itertools.product(
