@@ -291,10 +291,10 @@ class _Core:
         return backend.batch_matmul(weights, value), kept
 
     def gradient(self, upstream, query, key, value, mask, top, total):
-        # The last two as well: XLA would keep them as wide as the scores.
-        query, top, total = (
-            backend.not_before(x, upstream) for x in (query, top, total)
-        )
+        # Of two factors of the scores the one that nobody makes wait stays as it is: of
+        # the other, which has fewer heads, XLA keeps what it was made of. The last two
+        # it would keep as wide as the scores.
+        key, top, total = (backend.not_before(x, upstream) for x in (key, top, total))
         products = self._products(query, key)
         if self.cap is not None:
             bent = ops.tanh(products / self.cap)

@@ -336,16 +336,19 @@ class _Step:
         if not self.program.xla or self.lora is None:
             return 0
         model = self.model
+        queries = model.num_query_heads * model.head_dim
         sizes = {
-            "query": model.num_query_heads * model.head_dim,
+            "key": model.num_kv_heads * model.head_dim,
             "ffw_gating": model.ffn_dim,
             "ffw_gating_2": model.ffn_dim,
         }
         if model.use_post_norms:
             sizes |= dict.fromkeys(("attention_output", "ffw_linear"), model.hidden_dim)
+        if model.use_qk_norm:
+            # And turned by half, to be rotated.
+            sizes["query"] = 2 * queries
         adapted = sum(sizes.get(kind, 0) for kind in self._kinds_adapted())
-        # And queries as they are turned to be rotated.
-        return self.compute * (sizes["query"] + adapted)
+        return self.compute * adapted
 
     def _counted(self):
         model, c = self.model, self.compute

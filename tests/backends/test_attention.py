@@ -250,3 +250,38 @@ def test_attention_over_codes_is_as_near_as_their_steps_allow():
         moved = (np.exp(2 * e) - 1) * np.abs(value[b]).max()
         error = np.abs(found[b, t, n] - exact[b, t, n]).max()
         assert error <= moved + steps[1][b] / 2 + 1e-5
+
+
+@pytest.mark.skipif(backend.NAME != "jax", reason="JAX tells what XLA keeps")
+def test_a_query_is_kept_once_whatever_it_is_made_of():
+    """Not the product, its low-rank update and their sum turned by half."""
+    import jax
+
+    random = np.random.default_rng(3)
+    length, width, config = 256, 32, config_of(cap=None)
+    draw = lambda *shape: random.normal(0, 0.1, shape).astype("float32")  # noqa: E731
+    kernel, output = draw(width, 24), draw(24, width)
+    key, value = draw(2, 1, 2, length, 6)
+    table = draw(2, 1, length, 1, 6)
+    mask = np.tri(length, dtype=bool)[None]
+
+    def total(factors, x):
+        for first, second in factors:
+            query = x @ kernel + (x @ first) @ second
+            query = backend.rotate(ops.reshape(query, (1, length, 4, 6)), *table)
+            x = (
+                x
+                + ops.reshape(attend(query, key, value, mask, config), (1, length, 24))
+                @ output
+            )
+        return ops.sum(x * x)
+
+    def kept(layers):
+        factors = [(draw(width, 2), draw(2, 24)) for _ in range(layers)]
+        program = jax.jit(jax.grad(total)).lower(factors, draw(1, length, width))
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    a_layer = (kept(20) - kept(4)) / 16
+    # Inputs, queries, two numbers for each of these, and the update's two.
+    needed = 4 * length * (width + 24 + 2 * 4 + 2)
+    assert 0.9 * needed < a_layer < 1.2 * needed
