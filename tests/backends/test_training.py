@@ -152,20 +152,20 @@ class NoLength:
         return iter(self.batches)
 
 
-def test_fit_takes_the_datasets_of_the_backend(new_lm, backend):
+@pytest.mark.parametrize("kind", ["tf.data", "DataLoader", "no length"])
+def test_fit_takes_datasets_of_any_library(kind, new_lm):
+    """Whatever computes: who has a pipeline keeps it when they switch the backend."""
     texts = ["The cat sat on the mat", "A dog came by"] * 2
-    if backend == "tensorflow":
-        import tensorflow as tf
-
+    steps = None
+    if kind == "tf.data":
+        tf = pytest.importorskip("tensorflow", reason="needs TensorFlow")
         dataset = tf.data.Dataset.from_tensor_slices(texts).batch(2)
-    elif backend == "torch":
-        import torch
-
-        dataset = torch.utils.data.DataLoader(texts, batch_size=2)
+    elif kind == "DataLoader":
+        torch = pytest.importorskip("torch.utils.data", reason="needs torch")
+        dataset = torch.DataLoader(texts, batch_size=2)
     else:
-        dataset = NoLength([texts[:2], texts[2:]])
-    steps = None if backend != "jax" else 2
-    one, two = compiled(new_lm()), compiled(new_lm())
+        dataset, steps = NoLength([texts[:2], texts[2:]]), 2
+    one, two = stepwise(new_lm()), stepwise(new_lm())
     found = one.fit(dataset, epochs=3, steps_per_epoch=steps, verbose=0).history
     expected = two.fit(texts, batch_size=2, epochs=3, shuffle=False, verbose=0).history
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-4)
