@@ -13,6 +13,7 @@ import sys
 from keras import ops
 
 from gemma_keras.backend.library import NAME, jax, tf, torch
+from gemma_keras.backend.torch_reorder import weights_alone
 
 
 def on_cpu():
@@ -67,7 +68,8 @@ def giving_back_memory():
     else:
         _set_malloc(2**25, 2**24)
     try:
-        yield
+        with weights_alone():
+            yield
     finally:
         _gives_back.reset(token)
 

@@ -45,6 +45,8 @@ def rotate(x, cos, sin):
         return torch.ops.gemma_keras.rotate(x, cos, sin)
     wide = ops.cast(x, "float32")
     swapped = ops.roll(wide, x.shape[-1] // 2, axis=-1)
+    if NAME == "torch":
+        return ops.cast(torch.addcmul(wide * cos, swapped, sin), x.dtype)
     return ops.cast(wide * cos + swapped * sin, x.dtype)
 
 

@@ -19,7 +19,9 @@ from gemma_keras.backend.torch_products import (
     onednn_batches,
     onednn_has_batches,
     onednn_is_faster,
+    onednn_keeps,
     onednn_product,
+    onednn_product_kept,
     torch_is_slow_in,
     torch_would_use_one_core,
 )
@@ -35,6 +37,8 @@ def matmul(x, kernel, transposed=False):
         return _matmul_bfloat16(x, kernel, transposed)
     if torch_is_slow_in(x):
         return matmul_widened(x, kernel.T if transposed else kernel)
+    if onednn_keeps(x, kernel):
+        return onednn_product_kept(x, kernel.T if transposed else kernel)
     if onednn_is_faster(x, kernel, transposed):
         return differentiable(onednn_product, x, kernel.T if transposed else kernel)
     if torch_would_use_one_core(x):

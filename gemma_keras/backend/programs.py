@@ -169,7 +169,7 @@ class Step:
 
     def _values(self):
         # Not kept: `fit` and others may put another tensor in a variable.
-        return [variable.value.detach() for variable in self.variables]
+        return [variable.value for variable in self.variables]
 
     def _record(self, leaves, structure, device):
         from gemma_keras.backend import torch_steps

@@ -5,9 +5,12 @@ import math
 
 from gemma_keras.backend.library import NAME, torch
 from gemma_keras.backend.running import in_program
+from gemma_keras.backend.torch_reorder import can_reorder
 
 # Up to so many rows are few: those that decode together.
 FEW_ROWS = 16
+# A matrix that is narrower, such as LoRA's factors, gains nothing from oneDNN.
+_LEAST = 64
 
 
 def torch_attention_serves(query):
@@ -121,9 +124,9 @@ def onednn_is_faster(x, kernel, transposed):
 
     MKL does not use AVX-512 on AMD's processors: oneDNN is twice as fast there, with
     few rows and with many, but for the few rows that decoding brings to the head
-    (measured in tools/bench/LOG.md). Not for LoRA's factors, which are narrow.
+    (measured in tools/bench/LOG.md).
     """
-    if not _onednn_serves(x) or min(kernel.shape) < 64:
+    if not _onednn_serves(x) or min(kernel.shape) < _LEAST:
         return False
     return not (transposed and in_program.get() and x.numel() <= 4 * x.shape[-1])
 
@@ -143,6 +146,32 @@ def _has_onednn():
     )
 
 
+def onednn_keeps(x, kernel):
+    """Whether a step that is recorded multiplies by a matrix in oneDNN's order.
+
+    So it does few rows in bfloat16: see torch_reorder.py.
+    """
+    return (
+        NAME == "torch"
+        and in_program.get()
+        and x.dtype == kernel.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.numel() <= FEW_ROWS * x.shape[-1]
+        and min(kernel.shape) >= _LEAST
+        and torch.jit.is_tracing()
+        and _multiplies_on_cpu(x.dtype)
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and can_reorder()
+    )
+
+
+def onednn_product_kept(x, kernel):
+    """`x` [..., D] times `kernel` [D, F], a weight or one that is turned."""
+    rows = x.reshape(-1, x.shape[-1])
+    product = _onednn_recorded("none", "", True)(rows, kernel.T)
+    return product.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def onednn_product(rows, kernel, gelu=False):
     """`rows` [C, D] times `kernel` [D, F] by oneDNN; with GELU, in its tanh form."""
     kind, form = ("gelu", "tanh") if gelu else ("none", "")
@@ -153,16 +182,19 @@ def onednn_product(rows, kernel, gelu=False):
 
 
 @functools.cache
-def _onednn_recorded(kind, form):
+def _onednn_recorded(kind, form, reorder=False):
     """The same product as a graph: its empty list is nothing that can be recorded."""
+    order = """
+          %rows : int = prim::Constant[value=8]()
+          %used : Tensor = mkldnn::_reorder_linear_weight(%matrix, %rows)"""
     graph = torch._C.parse_ir(f"""
-        graph(%x : Tensor, %matrix : Tensor):
+        graph(%x : Tensor, %matrix : Tensor):{order if reorder else ""}
           %none : NoneType = prim::Constant()
           %kind : str = prim::Constant[value="{kind}"]()
           %form : str = prim::Constant[value="{form}"]()
           %numbers : Scalar?[] = prim::ListConstruct()
           %product : Tensor = mkldnn::_linear_pointwise(
-              %x, %matrix, %none, %kind, %numbers, %form)
+              %x, {"%used" if reorder else "%matrix"}, %none, %kind, %numbers, %form)
           return (%product)""")
     return torch._C._create_function_from_graph("product", graph)
 
@@ -175,7 +207,7 @@ def onednn_has_batches(x, y):
     return (
         _onednn_serves(x)
         and x.dtype == y.dtype
-        and min(*x.shape[-2:], y.shape[-1]) >= 64
+        and min(*x.shape[-2:], y.shape[-1]) >= _LEAST
         and x.shape[:-2] == y.shape[:-2]
     )
 

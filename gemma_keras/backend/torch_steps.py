@@ -13,6 +13,8 @@ import weakref
 
 import torch
 
+from gemma_keras.backend.torch_reorder import reordered
+
 
 def can_record():
     """Whether torch can: it is old, and in part not what torch promises."""
@@ -30,6 +32,7 @@ def record(function, weights, arguments):
         weights: tensors, the first inputs of the graph.
         arguments: tensors, the others.
     """
+    weights = [weight.detach() for weight in weights]
 
     def flat(*tensors):
         return function(tensors[: len(weights)], tensors[len(weights) :])
@@ -70,9 +73,70 @@ def _simplify(graph):
             node.output().replaceAllUsesWith(value)
     graph.setInsertPoint(graph.return_node())
     torch._C._jit_pass_constant_propagation(graph)
+    _join_views(graph)
     # Every layer finds the place in its cache.
     torch._C._jit_pass_cse(graph)
     torch._C._jit_pass_dce(graph)
+
+
+def _join_views(graph):
+    """Replaces several views of a tensor, one of the other, by one or by none.
+
+    Most of them say that an axis is there, or is not, and some turn axes of one row.
+    """
+    roots = {}
+    for node in list(graph.nodes()):
+        if not _only_reshapes(node):
+            continue
+        view, given = node.output(), next(node.inputs())
+        root = roots[view.unique()] = roots.get(given.unique(), given)
+        sizes = view.type().sizes()
+        if sizes == root.type().sizes():
+            view.replaceAllUsesWith(root)
+        elif root is not given:
+            graph.setInsertPoint(node)
+            shape = graph.insertConstant(sizes)
+            made = graph.insertNode(graph.create("aten::reshape", [root, shape], 1))
+            made.output().setType(view.type())
+            roots[made.output().unique()] = root
+            view.replaceAllUsesWith(made.output())
+    graph.setInsertPoint(graph.return_node())
+
+
+def _only_reshapes(node):
+    """Whether a node gives numbers that lie in order in memory another shape."""
+    if node.kind() not in _VIEWS:
+        return False
+    given, view = next(node.inputs()).type(), node.output().type()
+    if not isinstance(given, torch._C.TensorType):
+        return False
+    sizes, strides = given.sizes(), given.strides()
+    if None in (sizes, strides, view.sizes()):
+        return False
+    step = 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    # Axes of more than one are in the same order, and none was left out.
+    kept = [size for size in sizes if size != 1]
+    turned = [i for i in _order(node, len(sizes)) if sizes[i] != 1]
+    return turned == sorted(turned) and math.prod(kept) == math.prod(view.sizes())
+
+
+_VIEWS = {f"aten::{kind}" for kind in ("reshape", "view", "squeeze", "unsqueeze")}
+_VIEWS |= {f"aten::{kind}" for kind in ("select", "slice", "permute", "transpose")}
+
+
+def _order(node, count):
+    """The axes of what a node is given in the order in which it gives them."""
+    order, given = list(range(count)), [x.toIValue() for x in node.inputs()][1:]
+    if node.kind() == "aten::permute":
+        return [axis % count for axis in given[0]]
+    if node.kind() == "aten::transpose":
+        one, other = given
+        order[one], order[other] = order[other], order[one]
+    return order
 
 
 class Recorded:
@@ -88,6 +152,7 @@ class Recorded:
 
     def __init__(self, graph, count):
         """Of a graph whose first `count` inputs are weights; it is changed."""
+        self._reordered = _take_reordered(graph, count)
         self._before = self._divide(graph, count)
         self._run = torch._C._create_function_from_graph("step", graph)
 
@@ -102,9 +167,12 @@ class Recorded:
         """
         before()
         if self not in kept:
-            values = weights()
+            given = weights()
+            values = [weight.detach() for weight in given]
+            matrices = [reordered(given[i], turned) for i, turned in self._reordered]
             early = self._before(*values)
-            kept[self] = values, early if isinstance(early, tuple) else (early,)
+            early = early if isinstance(early, tuple) else (early,)
+            kept[self] = values, (*matrices, *early)
         values, early = kept[self]
         return self._run(*values, *map(torch.as_tensor, arguments), *early)
 
@@ -160,6 +228,32 @@ class Recorded:
         return sizes is not None and math.prod(sizes) <= self.MOST
 
 
+def _take_reordered(graph, count):
+    """Makes arguments of the weights that a graph brings into oneDNN's order.
+
+    Returns:
+        Which of its first `count` inputs each new argument is, after its own, and
+        whether it is turned.
+    """
+    places = {x.unique(): i for i, x in enumerate(list(graph.inputs())[:count])}
+    found = {}
+    for node in graph.findAllNodes("mkldnn::_reorder_linear_weight"):
+        matrix = weight = next(node.inputs())
+        turned = False
+        while weight.node().kind() in ("aten::t", "aten::numpy_T"):
+            weight, turned = next(weight.node().inputs()), not turned
+        if weight.unique() not in places:
+            # For one product it does not pay.
+            node.output().replaceAllUsesWith(matrix)
+            continue
+        key = places[weight.unique()], turned
+        if key not in found:
+            found[key] = graph.addInput()
+        node.output().replaceAllUsesWith(found[key])
+    torch._C._jit_pass_dce(graph)
+    return list(found)
+
+
 class Replayed:
     """A recorded graph, run as CUDA graphs, each of which is launched as one.
 
@@ -187,7 +281,7 @@ class Replayed:
 
     def _call(self, kept, weights, before, arguments):
         if self not in kept:
-            kept[self] = values = weights()
+            kept[self] = values = [weight.detach() for weight in weights()]
             at = [value.data_ptr() for value in values]
             if at != self._weights_at:
                 self._graphs.clear()

@@ -1,6 +1,7 @@
 """generate, stream, chat and score, as a user calls them."""
 
 import contextlib
+import gc
 import itertools
 
 import numpy as np
@@ -68,6 +69,91 @@ def test_a_recorded_step_sees_what_changes(name, new_lm, monkeypatch):
     assert [len(step._recorded) for step in steps] == [1]
     monkeypatch.setattr(backend.Step, "PATIENCE", 10**9)
     assert plain.generate(PROMPT, max_new_tokens=8, **options) == texts[1] != texts[0]
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """What is kept of weights in oneDNN's order, where float32 is as bfloat16 is."""
+    from gemma_keras.backend import torch_products, torch_reorder
+
+    def keeps(x, kernel):
+        import torch
+
+        few = x.numel() <= torch_products.FEW_ROWS * x.shape[-1]
+        return torch.jit.is_tracing() and few and min(kernel.shape) >= 16
+
+    if not torch_reorder.can_reorder():
+        pytest.skip("this torch has no matrices in oneDNN's order")
+    monkeypatch.setattr(backend.Step, "PATIENCE", 2)
+    monkeypatch.setattr(backend.products, "onednn_keeps", keeps)
+    torch_reorder._kept.clear()
+    return torch_reorder._kept
+
+
+@pytest.mark.skipif(backend.NAME != "torch", reason="torch alone has oneDNN's order")
+@pytest.mark.parametrize("how", ["assigned", "in place", "replaced"])
+def test_reordered_weights_are_those_of_the_model(how, new_lm, kept, monkeypatch):
+    lm, plain = new_lm(), new_lm()
+    sampler = samplers.TopKSampler(5)
+    options = {"max_new_tokens": 30, "sampler": sampler, "seed": 3, **FREE}
+    texts = [lm.generate(PROMPT, **options)]
+    matrices = [*kept.values()]
+    # The head, and seven of each block.
+    assert len(matrices) == 1 + 7 * lm.config.num_layers
+    assert lm.generate(PROMPT, **options) == texts[0]
+    assert all(a is b for a, b in zip(matrices, kept.values(), strict=True))
+    for model in (lm, plain):
+        kernel = model.backbone.blocks[0].ffw_gating.kernel
+        if how == "assigned":
+            kernel.assign(-2 * kernel)
+        elif how == "in place":
+            kernel.value.data.mul_(-2)
+        else:
+            kernel._value = -2 * kernel.value
+    texts.append(lm.generate(PROMPT, **options))
+    monkeypatch.setattr(backend.Step, "PATIENCE", 10**9)
+    assert plain.generate(PROMPT, **options) == texts[1] != texts[0]
+    del lm, model, kernel
+    gc.collect()
+    assert not kept
+
+
+@pytest.mark.skipif(backend.NAME != "torch", reason="torch alone has oneDNN's order")
+def test_nothing_is_reordered_where_memory_is_short(new_lm, kept, monkeypatch):
+    from gemma_keras.backend import torch_reorder
+
+    lm = new_lm()
+    text = lm.generate(PROMPT, max_new_tokens=20, **FREE)
+    assert kept
+    # While a model trains, its memory is for that.
+    with backend.giving_back_memory():
+        assert lm.generate(PROMPT, max_new_tokens=20, **FREE) == text
+        assert not kept
+    monkeypatch.setattr(torch_reorder, "_memory_left", lambda: 2**31)
+    assert lm.generate(PROMPT, max_new_tokens=20, **FREE) == text
+    assert not kept
+
+
+@pytest.mark.skipif(backend.NAME != "torch", reason="torch alone has oneDNN's order")
+def test_bfloat16_is_decoded_by_reordered_weights_as_without(new_lm, monkeypatch):
+    import torch
+
+    from gemma_keras.backend import torch_products, torch_reorder
+
+    if not torch_products._multiplies_on_cpu(torch.bfloat16):
+        pytest.skip("oneDNN multiplies no bfloat16 on this processor")
+    monkeypatch.setattr(torch_products, "_LEAST", 16)
+    lm = new_lm(dtype="bfloat16")
+    scores = []
+    for patience in (2, 10**9):
+        monkeypatch.setattr(backend.Step, "PATIENCE", patience)
+        torch_reorder._kept.clear()
+        found = lm.generate(PROMPT, max_new_tokens=8, return_log_probs=True, **FREE)
+        lm.engine._programs.clear()
+        scores.append((found.token_ids, found.log_probs))
+        assert bool(torch_reorder._kept) == (patience == 2)
+    assert scores[0][0] == scores[1][0]
+    np.testing.assert_allclose(scores[0][1], scores[1][1], atol=0.05)
 
 
 def test_a_batch_gives_each_prompt_what_it_gets_alone(lm):
