@@ -62,7 +62,7 @@ class RMSNorm(keras.layers.Layer):
 
 
 def rotary_table(positions, head_dim, theta, scaling_factor=1.0):
-    """What `rotate` multiplies with at integer `positions` [B, T], two of [B, T, 1, H].
+    """What `backend.rotate` takes for integer `positions` [B, T], two of [B, T, 1, H].
 
     They are the cosines of the angles, twice, and their sines, negative and positive.
     Always float32: bfloat16 cannot tell position 257 from 256.
@@ -73,11 +73,6 @@ def rotary_table(positions, head_dim, theta, scaling_factor=1.0):
     angles = ops.cast(positions, "float32")[..., None, None] * frequencies
     cos, sin = ops.cos(angles), ops.sin(angles)
     return ops.concatenate([cos, cos], axis=-1), ops.concatenate([-sin, sin], axis=-1)
-
-
-def rotate(x, table):
-    """Rotate the half-split pairs (j, j + H/2) of `x` [B, T, heads, H]."""
-    return backend.rotate(x, *table)
 
 
 class Attention(keras.layers.Layer):
@@ -124,10 +119,10 @@ class Attention(keras.layers.Layer):
         key, value = ops.reshape(key, kv_heads), ops.reshape(value, kv_heads)
         if config.use_qk_norm:
             query, key = self.query_norm.call(query), self.key_norm.call(key)
-        key = rotate(key, table)
+        key = backend.rotate(key, *table)
         if last is not None:
             table = [backend.read_slots(part, last, axis=1) for part in table]
-        query = rotate(query, table)
+        query = backend.rotate(query, *table)
         key, value = ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
         if cache is not None:
             key, value = cache.seen(key, value)
@@ -291,7 +286,14 @@ class GemmaBackbone(Adaptable, Quantizable, keras.Model):
         Returns:
             Hidden states [B, T, D], or [B, 1, D], in the compute dtype, and the new
             cache with them if one was given.
+
+        Raises:
+            ValueError: `last` without a cache, or segments beside one.
         """
+        if last is not None and cache is None:
+            raise ValueError(
+                "last picks a token beside a cache, got no cache: take hidden[:, last]."
+            )
         x = self.embed(inputs, layer_intercept_fn)
         positions, masks, step = self._positions_and_masks(inputs, x.shape[1], cache)
         tables, noise = self._rotary_tables(positions), self.draw_noise(training)

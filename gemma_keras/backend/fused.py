@@ -38,8 +38,8 @@ def rms_norm(x, scale, epsilon, dtype):
 def rotate(x, cos, sin):
     """`x` [B, T, heads, H] times `cos`, plus `x` turned by H / 2 times `sin`.
 
-    Both are float32 [B, T, 1, H], B perhaps 1. The result is rounded to the dtype of
-    `x` last.
+    So pairs (j, j + H / 2) are rotated. Both are float32 [B, T, 1, H], B perhaps 1. The
+    result is rounded to the dtype of `x` last.
     """
     if _kernels(x) and _is_power_of_two(x.shape[-1]):
         return torch.ops.gemma_keras.rotate(x, cos, sin)

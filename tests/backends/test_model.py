@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig
-from gemma_keras.backbone import RMSNorm, rotary_table, rotate
+from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig, backend
+from gemma_keras.backbone import RMSNorm, rotary_table
 from gemma_keras.cache import default_positions
 
 TINY = GemmaConfig(
@@ -77,7 +77,7 @@ def test_rotation_turns_half_split_pairs_by_float32_angles():
     positions = np.array([[0, 1, 257, 8191]])
     x = np.random.default_rng(0).normal(size=(1, 4, 3, 6))
     table = rotary_table(positions, 6, 10_000.0)
-    found = numpy(rotate(ops.convert_to_tensor(x, "float32"), table))
+    found = numpy(backend.rotate(ops.convert_to_tensor(x, "float32"), *table))
     pairs = x[..., :3] + 1j * x[..., 3:]
     angles = positions[..., None] * 10_000.0 ** (-np.arange(3) / 3)
     turned = pairs * np.exp(1j * angles)[:, :, None]
@@ -196,6 +196,12 @@ def test_a_cache_takes_no_packed_rows():
     inputs["segment_ids"] = np.ones((1, 3), "int32")
     with pytest.raises(ValueError, match="segment_ids"):
         GemmaBackbone(TINY)(inputs, cache=make_cache(TINY, 1, 8, "float32"))
+
+
+def test_the_last_token_alone_is_for_use_beside_a_cache():
+    inputs = {"token_ids": np.ones((1, 3), "int32")}
+    with pytest.raises(ValueError, match="got no cache"):
+        GemmaBackbone(TINY).call(inputs, last=2)
 
 
 @pytest.mark.parametrize(
