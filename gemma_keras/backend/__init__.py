@@ -8,6 +8,7 @@ from gemma_keras.backend.device import (
     device_memory,
     giving_back_memory,
     keep_memory,
+    memory_left,
     on_cpu,
     peak_memory,
     torch_device,

@@ -13,7 +13,6 @@ import sys
 from keras import ops
 
 from gemma_keras.backend.library import NAME, jax, tf, torch
-from gemma_keras.backend.torch_reorder import weights_alone
 
 
 def on_cpu():
@@ -67,11 +66,19 @@ def giving_back_memory():
         _set_malloc(2**22, 2**17)
     else:
         _set_malloc(2**25, 2**24)
+    if NAME == "torch":
+        from gemma_keras.backend import torch_reorder
+
+        torch_reorder.forget()
     try:
-        with weights_alone():
-            yield
+        yield
     finally:
         _gives_back.reset(token)
+
+
+def gives_back_memory():
+    """Whether this is within `giving_back_memory`."""
+    return _gives_back.get()
 
 
 def keep_memory(before_dataset=False):
@@ -128,6 +135,14 @@ def device_memory():
 
     found = [d for d in device_lib.list_local_devices() if d.device_type == "GPU"]
     return found[0].memory_limit if found else None
+
+
+def memory_left():
+    """Bytes of memory that the system has left; None where it does not say."""
+    path = pathlib.Path("/proc/meminfo")
+    if not path.exists():
+        return None
+    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", path.read_text())[1])
 
 
 def _peak_of_process():

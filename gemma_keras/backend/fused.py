@@ -46,6 +46,7 @@ def rotate(x, cos, sin):
     wide = ops.cast(x, "float32")
     swapped = ops.roll(wide, x.shape[-1] // 2, axis=-1)
     if NAME == "torch":
+        # In one operation less, each of which takes a while to say.
         return ops.cast(torch.addcmul(wide * cos, swapped, sin), x.dtype)
     return ops.cast(wide * cos + swapped * sin, x.dtype)
 

@@ -168,7 +168,7 @@ def onednn_keeps(x, kernel):
 def onednn_product_kept(x, kernel):
     """`x` [..., D] times `kernel` [D, F], a weight or one that is turned."""
     rows = x.reshape(-1, x.shape[-1])
-    product = _onednn_recorded("none", "", True)(rows, kernel.T)
+    product = _onednn_recorded("none", "", reorder=True)(rows, kernel.T)
     return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
 

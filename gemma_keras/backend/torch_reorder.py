@@ -5,16 +5,13 @@ of decoding that takes longer than the product: 180 us of 250 for [640, 2048].
 """
 
 import contextlib
-import contextvars
 import pathlib
-import re
 
+from gemma_keras.backend.device import gives_back_memory, memory_left
 from gemma_keras.backend.library import NAME, torch
 
 # Bytes of memory that are to be left to others.
 _LEFT = 2**31
-
-_may_keep = contextvars.ContextVar("may_keep", default=True)
 
 
 def can_reorder():
@@ -26,10 +23,10 @@ def reordered(weight, turned):
     """`weight` [F, D], or [D, F] if `turned`, as oneDNN's linear layers take it.
 
     In oneDNN's order, in memory of its own that is kept until the weight changes or is
-    gone; or as it is, where memory is short.
+    gone; or as it is, where memory is short or `giving_back_memory`.
     """
     matrix = weight.detach().T if turned else weight.detach()
-    if not _may_keep.get() or weight.is_inference():
+    if gives_back_memory() or weight.is_inference():
         return matrix
     # What is written through `data` counts no version: some of its numbers tell.
     state = weight.data_ptr(), weight._version, turned
@@ -46,28 +43,19 @@ def reordered(weight, turned):
     return found[2]
 
 
-@contextlib.contextmanager
-def weights_alone():
-    """A context within which nothing is kept, and what was kept is given back."""
-    if NAME == "torch":
-        _kept.clear()
-    token = _may_keep.set(False)
-    try:
-        yield
-    finally:
-        _may_keep.reset(token)
+def forget():
+    """Give back all that is kept."""
+    _kept.clear()
 
 
 def _memory_left():
     """Bytes that the system, and the container, have left; 0 if they do not say."""
-    left = []
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        system = pathlib.Path("/proc/meminfo").read_text()
-        left.append(1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", system)[1]))
+    left = [memory_left() or 0]
+    with contextlib.suppress(OSError, ValueError):
         group = pathlib.Path("/sys/fs/cgroup")
         most, used = ((group / f"memory.{x}").read_text() for x in ("max", "current"))
         left.append(int(most) - int(used))
-    return min(left, default=0)
+    return min(left)
 
 
 if NAME == "torch":

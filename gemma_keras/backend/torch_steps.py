@@ -79,6 +79,10 @@ def _simplify(graph):
     torch._C._jit_pass_dce(graph)
 
 
+_VIEWS = {f"aten::{kind}" for kind in ("reshape", "view", "squeeze", "unsqueeze")}
+_VIEWS |= {f"aten::{kind}" for kind in ("select", "slice", "permute", "transpose")}
+
+
 def _join_views(graph):
     """Replaces several views of a tensor, one of the other, by one or by none.
 
@@ -122,10 +126,6 @@ def _only_reshapes(node):
     kept = [size for size in sizes if size != 1]
     turned = [i for i in _order(node, len(sizes)) if sizes[i] != 1]
     return turned == sorted(turned) and math.prod(kept) == math.prod(view.sizes())
-
-
-_VIEWS = {f"aten::{kind}" for kind in ("reshape", "view", "squeeze", "unsqueeze")}
-_VIEWS |= {f"aten::{kind}" for kind in ("select", "slice", "permute", "transpose")}
 
 
 def _order(node, count):

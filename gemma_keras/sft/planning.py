@@ -11,8 +11,6 @@ tools/bench/plan.py compares the sum with runs.
 import dataclasses
 import math
 import os
-import pathlib
-import re
 
 from gemma_keras import backend, registry
 from gemma_keras.loading import open_source
@@ -179,11 +177,9 @@ def _smaller(config, frozen):
 
 
 def _free_memory():
-    """Bytes that the machine has left."""
-    path = pathlib.Path("/proc/meminfo")
-    if path.exists():
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", path.read_text())[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes that the machine has left, or has in all if it does not say."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return backend.memory_left() or total
 
 
 def predict(model, run, stored, name, device="cpu", packings=None):
@@ -336,7 +332,6 @@ class _Step:
         if not self.program.xla or self.lora is None:
             return 0
         model = self.model
-        queries = model.num_query_heads * model.head_dim
         sizes = {
             "key": model.num_kv_heads * model.head_dim,
             "ffw_gating": model.ffn_dim,
@@ -346,7 +341,7 @@ class _Step:
             sizes |= dict.fromkeys(("attention_output", "ffw_linear"), model.hidden_dim)
         if model.use_qk_norm:
             # And turned by half, to be rotated.
-            sizes["query"] = 2 * queries
+            sizes["query"] = 2 * model.num_query_heads * model.head_dim
         adapted = sum(sizes.get(kind, 0) for kind in self._kinds_adapted())
         return self.compute * adapted
 

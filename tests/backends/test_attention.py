@@ -269,11 +269,8 @@ def test_a_query_is_kept_once_whatever_it_is_made_of():
         for first, second in factors:
             query = x @ kernel + (x @ first) @ second
             query = backend.rotate(ops.reshape(query, (1, length, 4, 6)), *table)
-            x = (
-                x
-                + ops.reshape(attend(query, key, value, mask, config), (1, length, 24))
-                @ output
-            )
+            mixed = attend(query, key, value, mask, config)
+            x = x + ops.reshape(mixed, (1, length, 24)) @ output
         return ops.sum(x * x)
 
     def kept(layers):
