@@ -165,9 +165,9 @@ def _attend(query, keys, values, masks, config, used=None):
     query = query * config.query_pre_attn_scalar**-0.5
     # Fold the G queries of a key head into rows: one matrix product a key head. Those
     # of a token follow each other, so that with one key head nothing moves.
-    query = ops.reshape(query, (-1, length, config.num_kv_heads, groups, size))
+    query = backend.reshape(query, (-1, length, config.num_kv_heads, groups, size))
     query = ops.transpose(query, (0, 2, 1, 3, 4))
-    query = ops.reshape(query, (-1, config.num_kv_heads, length * groups, size))
+    query = backend.reshape(query, (-1, config.num_kv_heads, length * groups, size))
     core = _Core(groups, config.attn_logit_soft_cap)
     if coded:
         core = _CodesCore(groups, config.attn_logit_soft_cap, query.dtype)
@@ -183,9 +183,9 @@ def _attend(query, keys, values, masks, config, used=None):
     else:
         mixed = core.value(query, keys, values, masks)
     mixed = ops.cast(mixed, dtype) if coded else mixed
-    mixed = ops.reshape(mixed, (-1, config.num_kv_heads, length, groups, size))
+    mixed = backend.reshape(mixed, (-1, config.num_kv_heads, length, groups, size))
     mixed = ops.transpose(mixed, (0, 2, 1, 3, 4))
-    return ops.reshape(mixed, (-1, length, heads * size))
+    return backend.reshape(mixed, (-1, length, heads * size))
 
 
 # From so many on queries look at keys block by block, as far as there are any.
@@ -327,8 +327,8 @@ class _Core:
     def _masked(self, scores, mask, hidden=MASKED):
         heads, rows, keys = scores.shape[1:]
         apart = (-1, heads, rows // self.groups, self.groups, keys)
-        scores = ops.where(mask[:, :, :, None], ops.reshape(scores, apart), hidden)
-        return ops.reshape(scores, (-1, heads, rows, keys))
+        scores = ops.where(mask[:, :, :, None], backend.reshape(scores, apart), hidden)
+        return backend.reshape(scores, (-1, heads, rows, keys))
 
 
 class _CodesCore(_Core):

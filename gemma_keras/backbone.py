@@ -115,14 +115,9 @@ class Attention(keras.layers.Layer):
         else:
             query = self.query(backend.read_slots(x, last, axis=1), noise)
             key, value = project_together([self.key, self.value], x, noise)
-        query = ops.reshape(query, (-1, query.shape[1], *heads))
-        key, value = ops.reshape(key, kv_heads), ops.reshape(value, kv_heads)
-        if config.use_qk_norm:
-            query, key = self.query_norm.call(query), self.key_norm.call(key)
-        key = backend.rotate(key, *table)
-        if last is not None:
-            table = [backend.read_slots(part, last, axis=1) for part in table]
-        query = backend.rotate(query, *table)
+        query = backend.reshape(query, (-1, query.shape[1], *heads))
+        key, value = backend.reshape(key, kv_heads), backend.reshape(value, kv_heads)
+        query, key = self._placed(query, key, table, last)
         key, value = ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
         if cache is not None:
             key, value = cache.seen(key, value)
@@ -131,6 +126,18 @@ class Attention(keras.layers.Layer):
         if cache is not None:
             cache.store(mixed)
         return self.attention_output(mixed, noise)
+
+    def _placed(self, query, key, table, last):
+        """Queries, of one token if `last` is its number, and keys, both rotated."""
+        config = self.config
+        norms = [self.query_norm, self.key_norm] if config.use_qk_norm else []
+        scales, epsilon = [norm.scale for norm in norms], config.norm_epsilon
+        if last is None:
+            return backend.norm_and_rotate([query, key], scales, epsilon, *table)
+        (key,) = backend.norm_and_rotate([key], scales[1:], epsilon, *table)
+        table = [backend.read_slots(part, last, axis=1) for part in table]
+        (query,) = backend.norm_and_rotate([query], scales[:1], epsilon, *table)
+        return query, key
 
 
 class DecoderBlock(keras.layers.Layer):

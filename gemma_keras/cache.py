@@ -176,6 +176,7 @@ class Place(NamedTuple):
     first: bool  # whether they are the first of the cache
     ring: bool  # whether the newest take the place of the oldest
     apart: bool  # whether the old is seen apart from the new, which is written later
+    start: Any  # the slot that the first of the tokens takes, for `write_slots`
 
     def seen(self, buffer, new, axis):
         """`(buffer, parts)`: the buffer, written or not, and what is to be seen."""
@@ -281,7 +282,10 @@ class Step:
             ring = slots[kind] < slots.get("G", math.inf)
             # Only a ring would lose what the first of several tokens may still see.
             apart = not first and (backend.COMPILES or (ring and tokens > 1))
-            place = places[kind] = Place(length, count, first, ring, apart)
+            start = length % slots[kind] if ring else length
+            start = backend.slots_from(start, tokens)
+            place = Place(length, count, first, ring, apart, start)
+            places[kind] = place
             old, self.seen[kind] = place.seen(cache.positions[kind], positions, axis=1)
             if apart:
                 old = write(old, positions, place, axis=1)
@@ -311,8 +315,7 @@ def write(buffer, new, place, axis):
     if place.first:
         return _write_first(buffer, new, axis)
     if tokens == 1 or not place.ring:
-        start = length % slots if place.ring else length
-        return backend.write_slots(buffer, new, start, axis)
+        return backend.write_slots(buffer, new, place.start, axis)
     # The last token that lands in slot s is the largest index i with
     # (length + i) % slots == s; a negative i means that the slot keeps what it has.
     last = place.count - 1

@@ -89,9 +89,9 @@ class PackedMatrix:
     def rows(self, indices, dtype):
         """Rows [..., columns] of integers [...]."""
         parts = [ops.take(part, indices, axis=0) for part in self.stored()]
-        flat = [ops.reshape(part, (-1, part.shape[-1])) for part in parts]
+        flat = [backend.reshape(part, (-1, part.shape[-1])) for part in parts]
         found = self.restored(flat, dtype)
-        return ops.reshape(found, (*ops.shape(indices), self.shape[1]))
+        return backend.reshape(found, (*ops.shape(indices), self.shape[1]))
 
     def restored(self, parts, dtype):
         """Numbers [r, columns] of rows of what is stored, rounded to `dtype` last."""
@@ -100,10 +100,11 @@ class PackedMatrix:
             return ops.cast(ops.cast(codes, "float32") * scales, dtype)
         low, high = ops.bitwise_and(codes, 15), ops.right_shift(codes, 4)
         codes = ops.cast(ops.concatenate([low, high], axis=1), "float32")
-        groups = ops.reshape(codes, (-1, scales.shape[1], self.packing.group_size))
-        offsets = ops.cast(parts[2], "float32")
-        numbers = groups * scales[..., None] + offsets[..., None]
-        return ops.cast(ops.reshape(numbers, (-1, self.shape[1])), dtype)
+        numbers = backend.reshape(codes, (-1, scales.shape[1], self.packing.group_size))
+        # On torch in place.
+        numbers *= scales[..., None]
+        numbers += ops.cast(parts[2], "float32")[..., None]
+        return ops.cast(backend.reshape(numbers, (-1, self.shape[1])), dtype)
 
     def to_rows(self, x):
         """`x` [..., columns] times the transposed matrix: [..., rows]."""
@@ -115,7 +116,7 @@ class PackedMatrix:
 
     def _product(self, x, transposed):
         shape = ops.shape(x)
-        flat = ops.reshape(x, (-1, x.shape[-1]))
+        flat = backend.reshape(x, (-1, x.shape[-1]))
         parts = self.stored()
 
         def forward(x, *parts):
@@ -129,13 +130,13 @@ class PackedMatrix:
         else:
             product = self._multiply(flat, parts, transposed)
         width = self.shape[0] if transposed else self.shape[1]
-        return ops.reshape(product, (*shape[:-1], width))
+        return backend.reshape(product, (*shape[:-1], width))
 
     def _multiply(self, x, parts, transposed):
         """As `_product`, for `x` [n, ...], without a gradient."""
         rows, columns = self.shape
         few = x.shape[0] is not None and x.shape[0] <= FEW_ROWS
-        if few and transposed and backend.has_packed_kernels(x):
+        if transposed and backend.has_packed_kernels(x, self.packing.bits):
             packed = self._packed_for_kernels(parts)
             if packed is not None:
                 return backend.packed_product(x, packed, self.packing.group_size)
@@ -168,33 +169,33 @@ class PackedMatrix:
     def _multiply_in_runs(self, x, parts, transposed, step, devices):
         """As `_multiply`, `step` rows of each device's part of the matrix at a time."""
         count, rows = ops.shape(x)[0], self.shape[0] // devices
-        parts = [ops.reshape(p, (devices, rows, p.shape[1])) for p in parts]
+        parts = [backend.reshape(p, (devices, rows, p.shape[1])) for p in parts]
         if transposed:
             made = backend.zeros_not_before(x, (count, devices, rows))
         else:
             made = backend.zeros_not_before(x, (count, self.shape[1]))
-            x = ops.reshape(x, (count, devices, rows))
+            x = backend.reshape(x, (count, devices, rows))
 
         def turn(state):
             start, made = state
             run = [
                 ops.slice(p, (0, start, 0), (devices, step, p.shape[2])) for p in parts
             ]
-            run = [ops.reshape(p, (devices * step, p.shape[2])) for p in run]
+            run = [backend.reshape(p, (devices * step, p.shape[2])) for p in run]
             matrix = self.restored(run, x.dtype)
             if transposed:
-                product = ops.reshape(
+                product = backend.reshape(
                     backend.matmul(x, matrix, True), (count, devices, step)
                 )
                 made = backend.write_slots(made, product, start, axis=2)
             else:
                 share = ops.slice(x, (0, 0, start), (count, devices, step))
-                share = ops.reshape(share, (count, devices * step))
+                share = backend.reshape(share, (count, devices * step))
                 made = made + ops.cast(backend.matmul(share, matrix), "float32")
             return start + step, made
 
         _, made = backend.loop(lambda s: s[0] < rows, turn, (backend.counter(0), made))
-        made = ops.reshape(made, (count, -1))
+        made = backend.reshape(made, (count, -1))
         return ops.cast(made, x.dtype)
 
 
@@ -207,11 +208,9 @@ def products_together(matrices, x):
     first = matrices[0]
     alike = first.packing.bits == 4 and len({m.packing for m in matrices}) == 1
     # Only where there are kernels are all sizes known.
-    if not (alike and backend.has_packed_kernels(x)):
+    if not (alike and backend.has_packed_kernels(x, first.packing.bits)):
         return None
     count = math.prod(x.shape[:-1])
-    if count > FEW_ROWS:
-        return None
 
     def parts():
         together = zip(*(matrix.stored() for matrix in matrices), strict=True)
@@ -220,11 +219,11 @@ def products_together(matrices, x):
     packed = first._kept_for_kernels(matrices, parts)
     if packed is None:
         return None
-    flat = ops.reshape(x, (count, x.shape[-1]))
+    flat = backend.reshape(x, (count, x.shape[-1]))
     product = backend.packed_product(flat, packed, first.packing.group_size)
     ends = np.cumsum([matrix.shape[0] for matrix in matrices])
     return [
-        ops.reshape(part, (*x.shape[:-1], part.shape[-1]))
+        backend.reshape(part, (*x.shape[:-1], part.shape[-1]))
         for part in ops.split(product, ends[:-1].tolist(), axis=1)
     ]
 

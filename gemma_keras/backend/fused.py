@@ -4,6 +4,7 @@ import functools
 import importlib
 import math
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -21,18 +22,25 @@ def rms_norm(x, scale, epsilon, dtype):
     if _kernels(x):
         return torch.ops.gemma_keras.rms_norm(x, scale, epsilon, getattr(torch, dtype))
     if NAME == "torch" and in_program.get():
-        # Half of the operations, each of which takes a while to say. Not where there is
-        # a gradient: a norm of zeros has none.
-        x = x.float()
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        root = math.sqrt(x.shape[-1])
-        least = torch.full((1,), root * math.sqrt(epsilon), device=x.device)
-        gain = (1.0 + ops.cast(scale, "float32")) * root
-        return ops.cast((x / norm.hypot_(least)).mul_(gain), dtype)
+        return _torch_norm(x.float(), scale, epsilon, x).to(getattr(torch, dtype))
     x = ops.cast(x, "float32")
     variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
     x = x * ops.rsqrt(variance + epsilon) * (1.0 + ops.cast(scale, "float32"))
     return ops.cast(x, dtype)
+
+
+def _torch_norm(wide, scale, epsilon, kept):
+    """`rms_norm` in half of the operations, each of which takes a while to say.
+
+    Not where there is a gradient: a norm of zeros has none. `wide` is in float32, and
+    is changed unless it is `kept`.
+    """
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    root = math.sqrt(wide.shape[-1])
+    least = torch.full((1,), root * math.sqrt(epsilon), device=wide.device)
+    norm = norm.hypot_(least)
+    normalised = wide / norm if wide is kept else wide.div_(norm)
+    return normalised.mul_((1.0 + scale.float()) * root)
 
 
 def rotate(x, cos, sin):
@@ -49,6 +57,35 @@ def rotate(x, cos, sin):
         # In one operation less, each of which takes a while to say.
         return ops.cast(torch.addcmul(wide * cos, swapped, sin), x.dtype)
     return ops.cast(wide * cos + swapped * sin, x.dtype)
+
+
+def norm_and_rotate(parts, scales, epsilon, cos, sin):
+    """Each of several [B, T, heads, H], normalised if there are scales, and rotated.
+
+    Args:
+        parts: a list of arrays, of the same dtype.
+        scales: for `rms_norm`, one [H] for each of them; or empty.
+        epsilon: likewise.
+        cos: for `rotate`.
+        sin: likewise.
+    """
+    first = parts[0]
+    if not (NAME == "torch" and in_program.get() and first.device.type == "cpu"):
+        if scales:
+            dtype = keras.backend.standardize_dtype(first.dtype)
+            parts = [
+                rms_norm(x, scale, epsilon, dtype)
+                for x, scale in zip(parts, scales, strict=True)
+            ]
+        return [rotate(x, cos, sin) for x in parts]
+    # All heads at once: an operation takes a while to say, whatever its size.
+    heads = [x.shape[2] for x in parts]
+    wide = torch.cat(parts, dim=2).float()
+    if scales:
+        each = zip(map(ops.convert_to_tensor, scales), heads, strict=True)
+        scale = torch.cat([scale.expand(count, -1) for scale, count in each])
+        wide = _torch_norm(wide, scale, epsilon, None)
+    return rotate(wide, cos, sin).to(first.dtype).split(heads, dim=2)
 
 
 def gated_gelu(gate, up):

@@ -45,14 +45,22 @@ def _packed_4_bits(codes):
     return torch._convert_weight_to_int4pack(wide[:, ::2] << 4 | wide[:, 1::2], 2)
 
 
-def has_packed_kernels(x):
-    """Whether products in few bits may have kernels for `x`: bfloat16, in a program."""
-    return (
-        NAME == "torch"
-        and in_program.get() is not None
-        and x.dtype == torch.bfloat16
-        and _has_packed_kernels(x.device)
-    )
+# Rows up to which torch's kernels take less time than restoring a matrix, by its bits:
+# on a CPU they take as long for each row (measured in tools/bench/LOG.md), on a GPU
+# they have 16.
+_MOST_ROWS = {4: 96, 8: 32}
+_MOST_ROWS_CUDA = 16
+
+
+def has_packed_kernels(x, bits):
+    """Whether products of `x` [..., K] in few bits may have kernels.
+
+    That is, in a program, for bfloat16, and for as many rows as they are fast with.
+    """
+    if not (NAME == "torch" and in_program.get() and x.dtype == torch.bfloat16):
+        return False
+    most = _MOST_ROWS[bits] if x.device.type == "cpu" else _MOST_ROWS_CUDA
+    return x.numel() <= most * x.shape[-1] and _has_packed_kernels(x.device)
 
 
 @functools.cache

@@ -96,6 +96,11 @@ def _place_in_parts(x, most, place, take):
 _MANY_NUMBERS = 2**14
 
 
+def reshape(x, shape):
+    """`ops.reshape`, which takes torch 18 us in place of one: it looks into shapes."""
+    return x.reshape(shape) if NAME == "torch" else ops.reshape(x, shape)
+
+
 def identities(variables):
     """What tells whether variables are still the same, with the same integers."""
     found = [*map(id, variables)]
@@ -126,6 +131,18 @@ def from_bits(x, dtype):
     return bitcast(x, dtype)
 
 
+def slots_from(start, count):
+    """What `write_slots` may be given as the `start` of `count`, to make it only once.
+
+    It is another in a recorded step of torch, to which the place is an argument.
+    """
+    if NAME != "torch" or not isinstance(start, torch.Tensor) or start.ndim:
+        return start
+    if count == 1:
+        return start.reshape(1).long()
+    return start + torch.arange(count, device=start.device)
+
+
 def write_slots(buffer, new, start, axis):
     """`buffer` with `new` at `start` along `axis`: in place wherever that is possible.
 
@@ -136,8 +153,7 @@ def write_slots(buffer, new, start, axis):
     if NAME == "torch":
         with torch.no_grad():
             if isinstance(start, torch.Tensor):
-                # In a recorded step, to which the place is an argument.
-                places = start + torch.arange(new.shape[axis], device=start.device)
+                places = slots_from(start, new.shape[axis])
                 return buffer.index_copy_(axis, places, new)
             buffer.narrow(axis, int(start), new.shape[axis]).copy_(new)
         return buffer
@@ -152,8 +168,7 @@ def read_slots(buffer, start, axis, size=1):
     """The slice of `size` of `buffer` from `start` along `axis`."""
     if NAME == "torch":
         if isinstance(start, torch.Tensor):
-            places = start + torch.arange(size, device=start.device)
-            return buffer.index_select(axis, places)
+            return buffer.index_select(axis, slots_from(start, size))
         return buffer.narrow(axis, int(start), size)
     if NAME == "tensorflow":
         # To XLA the start of a slice is a constant: it would compile for every one.

@@ -183,7 +183,8 @@ class Recorded:
             A function of these inputs to what `graph` takes from now on after its own.
         """
         before, copies = torch._C.Graph(), {}
-        weights, constants, moved = set(), set(), {}
+        weights, constants, lists, moved = set(), set(), set(), {}
+        changed = _changed_in_place(graph)
         for value in list(graph.inputs())[:count]:
             copies[value.unique()] = copy = before.addInput()
             copy.setType(value.type())
@@ -191,22 +192,37 @@ class Recorded:
         for node in graph.nodes():
             inputs = {value.unique() for value in node.inputs()}
             constant = node.kind() == "prim::Constant"
-            known = weights | moved.keys()
+            gathers = node.kind() == "prim::ListConstruct"
+            known = weights | lists | moved.keys()
             if not constant:
                 if not (inputs & known and inputs <= known | constants):
                     continue
-                if not self._may_move(node):
+                if not (gathers or self._may_move(node)):
+                    continue
+                if node.output().unique() in changed:
                     continue
             clone = before.createClone(node, lambda x: copies[x.unique()])
             output = node.output()
             copies[output.unique()] = before.appendNode(clone).output()
             if constant:
                 constants.add(output.unique())
+            elif gathers:
+                lists.add(output.unique())
             else:
                 moved[output.unique()] = output
+
+        def stays(value):
+            """Whether what is not moved needs it; lists are made there again."""
+            for use in value.uses():
+                made = next(iter(use.user.outputs()), None)
+                name = None if made is None else made.unique()
+                if name in moved or (name in lists and not stays(made)):
+                    continue
+                return True
+            return False
+
         for value in moved.values():
-            users = [list(use.user.outputs()) for use in value.uses()]
-            if all(user and user[0].unique() in moved for user in users):
+            if not stays(value):
                 continue
             before.registerOutput(copies[value.unique()])
             argument = graph.addInput()
@@ -226,6 +242,20 @@ class Recorded:
         found = node.output().type()
         sizes = found.sizes() if isinstance(found, torch._C.TensorType) else None
         return sizes is not None and math.prod(sizes) <= self.MOST
+
+
+def _changed_in_place(graph):
+    """What a graph changes, and all that this may share its memory with."""
+    changed = set()
+    for node in graph.nodes():
+        if not node.kind().endswith("_"):
+            continue
+        value = next(node.inputs())
+        while value.unique() not in changed:
+            changed.add(value.unique())
+            # What shares memory with another tensor is made of it first of all.
+            value = next(value.node().inputs(), value)
+    return changed
 
 
 def _take_reordered(graph, count):

@@ -97,3 +97,29 @@ def test_what_only_says_that_axes_are_there_is_left_out():
     graph = torch_steps.record(function, [], [torch.ones(4, 6)])
     kinds = [n.kind() for n in graph.nodes() if n.kind() != "prim::Constant"]
     assert [k for k in kinds if "Tuple" not in k] == ["aten::add", "aten::mul"]
+
+
+def test_what_is_made_of_weights_is_made_once_unless_it_is_changed():
+    import torch
+
+    from gemma_keras.backend import torch_steps
+
+    def function(weights, arguments):
+        codes, scales = weights
+        low, high = torch.bitwise_and(codes, 15), torch.bitwise_right_shift(codes, 4)
+        numbers = torch.cat([low, high], dim=1).float().reshape(2, 2, 2)
+        numbers *= scales[..., None]
+        numbers += 1.0
+        kept = torch.cat([scales + 1.0, scales.expand(2, 2)]).square()
+        return arguments[0] @ numbers.reshape(4, 2), kept.sum() + arguments[0].sum()
+
+    weights = [torch.randint(0, 256, (2, 2), dtype=torch.uint8), torch.rand(2, 2)]
+    graph = torch_steps.record(function, weights, [torch.ones(3, 4)])
+    run, kept = torch_steps.Recorded(graph, len(weights)), {}
+    made = [n.kind() for n in graph.nodes()]
+    assert "aten::square" not in made and "aten::mul_" in made
+    for _ in range(3):
+        x = torch.rand(3, 4)
+        found = run(kept, lambda: weights, lambda: None, [x])
+        for one, two in zip(found, function(weights, [x]), strict=True):
+            torch.testing.assert_close(one, two)
