@@ -286,7 +286,9 @@ def exact_match(lm, examples, batch_size=16):
     for start in range(0, len(examples), batch_size):
         stop = min(start + batch_size, len(examples))
         pairs = [_question(*examples[i]) for i in range(start, stop)]
-        found = _answer(lm, pairs)
+        # Where programs are compiled for a number of rows, the last batch has as many.
+        spare = batch_size - len(pairs) if start and backend.few_shapes() else 0
+        found = _answer(lm, pairs + pairs[-1:] * spare)[: len(pairs)]
         for (prompt, reference), text in zip(pairs, found, strict=True):
             answers.append(
                 {

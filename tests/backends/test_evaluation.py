@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 
+from gemma_keras import backend
 from gemma_keras.data import pad_rows
 from gemma_keras.evaluation import Scorer, exact_match, perplexity
 
@@ -242,6 +243,26 @@ def test_an_answer_is_right_to_the_letter_or_not(lm):
         assert answer["text"].startswith(answer["reference"])
     assert texts[2] and found["answers"][2]["reference"] == TEXT
     assert found["right"] == sum(x["text"] == x["reference"] for x in found["answers"])
+
+
+def test_the_last_questions_need_no_programs_of_their_own(lm, monkeypatch):
+    tokenizer = lm.preprocessor.tokenizer
+    texts = ["The cat sat", "A dog came by", "Two birds sang"]
+    examples = []
+    for text in texts:
+        ids = tokenizer.encode(text, add_bos=True)
+        examples.append((ids, [False] * (len(ids) - 2) + [True] * 2))
+    alone = [exact_match(lm, [example])["answers"][0] for example in examples]
+    rows, generate = [], lm.generate
+
+    def spy(prompts, **options):
+        rows.append(len(prompts["token_ids"]))
+        return generate(prompts, **options)
+
+    monkeypatch.setattr(lm, "generate", spy)
+    found = exact_match(lm, examples, batch_size=2)
+    assert rows == ([2, 2] if backend.few_shapes() else [2, 1])
+    assert found["asked"] == 3 and found["answers"] == alone
 
 
 def test_of_three_answers_the_two_that_are_the_reference_are_right(lm, monkeypatch):
