@@ -175,10 +175,22 @@ def onednn_product_kept(x, kernel):
 def onednn_product(rows, kernel, gelu=False):
     """`rows` [C, D] times `kernel` [D, F] by oneDNN; with GELU, in its tanh form."""
     kind, form = ("gelu", "tanh") if gelu else ("none", "")
+    rows, matrix = _in_order(rows), _in_order(kernel.T)
     if torch.jit.is_tracing():
-        return _onednn_recorded(kind, form)(rows, kernel.T)
+        return _onednn_recorded(kind, form)(rows, matrix)
     multiply = torch.ops.mkldnn._linear_pointwise
-    return multiply(rows, kernel.T, None, kind, [], form)
+    return multiply(rows, matrix, None, kind, [], form)
+
+
+def _in_order(matrix):
+    """A matrix whose rows or columns follow each other in memory.
+
+    For others, such as some of the heads of a tensor, oneDNN has no kernel: what it does
+    in its place takes a hundred times as long.
+    """
+    if matrix.is_contiguous() or matrix.T.is_contiguous():
+        return matrix
+    return matrix.contiguous()
 
 
 @functools.cache
