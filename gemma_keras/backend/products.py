@@ -62,7 +62,9 @@ def _plain_matmul(x, y):
 
 def makes_gelu(x, kernel):
     """Whether there is `matmul_gelu`, which takes no more time than the product."""
-    return in_program.get() and onednn_is_faster(x, kernel, False)
+    if NAME != "torch" or not in_program.get():
+        return False
+    return onednn_is_faster(x, ops.convert_to_tensor(kernel), False)
 
 
 def matmul_gelu(x, kernel):

@@ -123,11 +123,13 @@ def onednn_is_faster(x, kernel, transposed):
     """Whether torch should multiply with oneDNN what it would with MKL, in float32.
 
     MKL does not use AVX-512 on AMD's processors: oneDNN is twice as fast there, with
-    few rows and with many, but for the few rows that decoding brings to the head
-    (measured in tools/bench/LOG.md).
+    few rows and with many, but for the few rows that decoding brings to the head, and
+    for one row where `matmul_few_rows` reads along it (measured in tools/bench/LOG.md).
     """
     if not _onednn_serves(x) or min(kernel.shape) < _LEAST:
         return False
+    if torch_would_use_one_core(x) and x.numel() == x.shape[-1]:
+        return kernel.stride(1 if transposed else 0) != 1
     return not (transposed and in_program.get() and x.numel() <= 4 * x.shape[-1])
 
 
@@ -185,8 +187,8 @@ def onednn_product(rows, kernel, gelu=False):
 def _in_order(matrix):
     """A matrix whose rows or columns follow each other in memory.
 
-    For others, such as some of the heads of a tensor, oneDNN has no kernel: what it does
-    in its place takes a hundred times as long.
+    For others, such as some of the heads of a tensor, oneDNN has no kernel: what it
+    does in its place takes a hundred times as long.
     """
     if matrix.is_contiguous() or matrix.T.is_contiguous():
         return matrix
@@ -256,9 +258,14 @@ def matmul_few_rows(x, kernel, transposed):
     """`x` [..., D] times `kernel` [D, F], or [F, D] if `transposed`, on all cores."""
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
+    if count == 1 and not transposed and kernel.stride(0) == 1:
+        # Along its memory.
+        kernel, transposed = kernel.T, True
     if transposed:
         outputs, inputs = kernel.shape
-        parts = equal_parts(outputs, _TABLE_PARTS)
+        large = outputs >= _TABLE_PARTS * 1024
+        most = _TABLE_PARTS if large else torch.get_num_threads()
+        parts = equal_parts(outputs, most)
         batch = kernel.view(parts, outputs // parts, inputs)
         product = torch.bmm(batch, rows.T.expand(parts, -1, -1))
         # In order, since what reads a row of logits next would go astray otherwise.
